@@ -1,0 +1,20 @@
+"""Drive ComfyUI without a browser: start a server, queue workflows, collect what they make.
+
+Not part of the pack at run time: `nodes/` and `trainers/` never import it.
+"""
+
+from .client import Comfy, Progress, PromptFailed, Result
+from .overrides import OverrideError, apply_overrides
+from .server import ComfyServer, ServerError, find_comfyui
+
+__all__ = [
+    "Comfy",
+    "ComfyServer",
+    "OverrideError",
+    "Progress",
+    "PromptFailed",
+    "Result",
+    "ServerError",
+    "apply_overrides",
+    "find_comfyui",
+]
