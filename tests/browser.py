@@ -17,7 +17,7 @@ ARGUMENTS = [
     "--use-gl=swiftshader",
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 ]
-READY = "window.app && window.app.graph && window.app.extensionManager && window.app.vueAppReady"
+READY = "window.app && window.app.vueAppReady && window.app.extensionManager && window.app.graph"
 # Said by ComfyUI's own page on a machine without network or a GPU.
 EXPECTED = ("net::ERR_", "Failed to load resource")
 

@@ -1,0 +1,201 @@
+"""What the registry and ComfyUI's users rely on: metadata, layers, safety, help."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FORBIDDEN_IMPORTS = {
+    *("pickle", "cPickle", "dill", "marshal", "shelve", "subprocess", "multiprocessing"),
+    *("requests", "urllib", "http", "socket", "ftplib", "pip", "ensurepip", "ctypes"),
+}
+FORBIDDEN_CALLS = {
+    *("eval", "exec", "compile", "__import__", "torch.load", "torch.save", "os.system", "os.popen"),
+    *("joblib.load", "numpy.load", "np.load"),
+}
+FORBIDDEN_IN_PAGES = r"\beval\s*\(|new\s+Function\b|innerHTML|https?://(?!www\.w3\.org/)"
+
+
+def read_toml(path: Path) -> dict:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        from pip._vendor import tomli as tomllib
+    return tomllib.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return read_toml(ROOT / "pyproject.toml")
+
+
+def runtime_files(suffix: str) -> list[Path]:
+    """The pack's files that run inside ComfyUI (or in its page)."""
+    files = [ROOT / "__init__.py", ROOT / "demo" / "world.py", ROOT / "demo" / "judges.py"]
+    for folder in ("nodes", "trainers", "web"):
+        files += (ROOT / folder).rglob("*")
+    return sorted(file for file in files if file.suffix == suffix and file.is_file())
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# Metadata
+
+
+def test_requirements_are_the_declared_dependencies(project):
+    lines = (ROOT / "requirements.txt").read_text().split("\n")
+    assert [line for line in lines if line] == project["project"]["dependencies"]
+
+
+def test_torch_is_left_to_the_user(project):
+    assert "torch" in project["project"]["dependencies"]  # no version: theirs fits their GPU
+
+
+def test_the_registry_finds_what_it_asks_for(project):
+    comfy = project["tool"]["comfy"]
+    assert {"PublisherId", "DisplayName", "Icon", "requires-comfyui"} <= comfy.keys()
+    assert project["project"]["name"] == "personalize"
+    assert project["project"]["urls"]["Repository"].startswith("https://")
+    assert (ROOT / project["project"]["license"]["file"]).is_file()
+
+
+# Safety
+
+
+@pytest.mark.parametrize("path", runtime_files(".py"), ids=relative)
+def test_runtime_code_neither_pickles_nor_executes_nor_calls_out(path):
+    found = [f"{relative(path)}:{line}: {what}" for line, what in forbidden(path.read_text())]
+    assert not found, "\n".join(found)
+
+
+def forbidden(source: str) -> list[tuple[int, str]]:
+    """Return (line, name) of every forbidden import and call in a Python source."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, name.name) for name in node.names if is_forbidden(name.name)]
+        elif isinstance(node, ast.ImportFrom) and not node.level and is_forbidden(node.module):
+            found.append((node.lineno, node.module))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in FORBIDDEN_CALLS:
+            found.append((node.lineno, ast.unparse(node.func)))
+    return found
+
+
+def is_forbidden(module: str) -> bool:
+    return module.partition(".")[0] in FORBIDDEN_IMPORTS
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from urllib import request",
+        "torch.load(x)",
+        "eval('1')",
+        "import http.client",
+    ],
+)
+def test_the_safety_check_notices(source):
+    assert forbidden(source)
+
+
+@pytest.mark.parametrize("path", runtime_files(".js"), ids=relative)
+def test_pages_run_no_strings_and_load_nothing_from_elsewhere(path):
+    text = path.read_text()
+    assert not [found.group() for found in re.finditer(FORBIDDEN_IN_PAGES, text)]
+
+
+# Layers
+
+
+@pytest.mark.parametrize("module", ["comfy.utils", "folder_paths", "server", "nodes", "execution"])
+def test_only_nodes_may_import_comfyui(module):
+    assert "TID251" in lint("trainers/methods/made_up.py", f"import {module}\n")
+    assert "TID251" not in lint("nodes/made_up.py", f"import {module}\n")
+
+
+def lint(path: str, source: str) -> str:
+    """Return ruff's verdict on `source` as if it stood at `path`."""
+    command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", str(ROOT / path), "-"]
+    done = subprocess.run(command, input=source, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout
+
+
+def test_trainers_need_no_comfyui(tmp_path):
+    """Import every module of trainers/ in a process that has no ComfyUI on its path."""
+    names = [relative(path)[:-3].replace("/", ".") for path in runtime_files(".py")]
+    trainers = [name for name in names if name.startswith("trainers") and "__init__" not in name]
+    (tmp_path / "personalize").symlink_to(ROOT)
+    lines = [f"import personalize.{name}" for name in trainers]
+    lines += ["import sys", "assert 'comfy' not in sys.modules and 'nodes' not in sys.modules"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# Nodes, as a real ComfyUI describes them
+
+
+def test_comfyui_loads_the_pack(object_info):
+    assert object_info, "no node of the pack is in /object_info: see the server's log"
+    assert all(name.startswith("Personalize") for name in object_info)
+
+
+def test_every_node_explains_itself(object_info):
+    silent = [id for id, node in object_info.items() if len(node["description"]) < 20]
+    unfindable = [id for id, node in object_info.items() if not node.get("search_aliases")]
+    assert not silent and not unfindable
+
+
+def test_every_node_is_in_the_packs_category(object_info):
+    assert {node["category"].split("/")[0] for node in object_info.values()} == {"personalize"}
+
+
+def test_every_input_and_output_has_a_tooltip(object_info):
+    bare = []
+    for id, node in object_info.items():
+        bare += [f"{id}.{path}" for path in untold_inputs(node["input"])]
+        tips = node.get("output_tooltips") or [None] * len(node["output"])
+        names = zip(node["output_name"], tips, strict=True)
+        bare += [f"{id} -> {name}" for name, tip in names if not tip]
+    assert not bare
+
+
+def untold_inputs(groups: dict, prefix: str = "") -> list[str]:
+    """Return the names of inputs without a tooltip, those inside dynamic combos included."""
+    bare = []
+    for group, inputs in groups.items():
+        for name, (_, *rest) in (inputs if group in ("required", "optional") else {}).items():
+            options = rest[0] if rest else {}
+            bare += [] if options.get("tooltip") else [prefix + name]
+            for option in options.get("options") or []:
+                if isinstance(option, dict):
+                    bare += untold_inputs(option["inputs"], f"{prefix}{name}.")
+    return bare
+
+
+def test_every_node_has_a_help_page_that_names_its_inputs(object_info):
+    missing = []
+    for id, node in object_info.items():
+        page = ROOT / "web" / "docs" / f"{id}.md"
+        text = page.read_text() if page.is_file() else ""
+        inputs = [
+            name for group in ("required", "optional") for name in node["input"].get(group, {})
+        ]
+        missing += [f"{id}: {name}" for name in inputs if name not in text]
+        missing += [] if text.strip() else [f"{id}: no page {relative(page)}"]
+    assert not missing
+
+
+def test_the_help_page_is_served(object_info, comfy):
+    for id in object_info:
+        text = comfy.get(f"/extensions/personalize/docs/{id}.md")
+        assert isinstance(text, str) and text.strip()
