@@ -1,0 +1,1 @@
+"""ComfyUI's side of the fence: the only package that imports it."""

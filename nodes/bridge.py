@@ -1,0 +1,151 @@
+"""From a ComfyUI MODEL to a diffusers U-Net that shares its weights; the MODEL is never touched."""
+
+import hashlib
+import logging
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_sampling
+import comfy.supported_models as families
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from ..trainers.denoiser import Denoiser
+from ..trainers.errors import InputError
+
+PREFIX = "diffusion_model."
+SUPPORTED = {families.SD15: "stable-diffusion-v1", families.SD20: "stable-diffusion-v2"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def denoiser_of(model: ModelPatcher, precision: str = "fp32") -> Denoiser:
+    """Build the diffusers twin of a MODEL, with the patches it carries, on the CPU.
+
+    Weights that are not patched and already in `precision` share the MODEL's storage.
+    Raises InputError for a family, or an alteration, that training can not see.
+    """
+    family(model)
+    if model.injections:
+        raise InputError(
+            "model",
+            f"carries injected modules ({', '.join(model.injections)}), which training can not "
+            "see; connect the model from before that node.",
+        )
+    unet_config = model.model.model_config.unet_config
+    weights = twin_weights(model, DTYPES[precision])
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**twin_config(unet_config))
+    missing, unexpected = unet.load_state_dict(weights, strict=False, assign=True)
+    if missing or unexpected:
+        raise InputError(
+            "model",
+            f"has an unknown layout: {len(missing)} weights missing ({missing[:3]}), "
+            f"{len(unexpected)} unexpected ({unexpected[:3]}); use a stock SD 1.x or 2.x U-Net.",
+        )
+    sampling = model.get_model_object("model_sampling")
+    velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
+    return Denoiser(
+        unet, 1 / (sampling.sigmas.double() ** 2 + 1), "v_prediction" if velocity else "epsilon"
+    )
+
+
+def family(model: ModelPatcher) -> str:
+    """Name the base's family. Raises InputError when it is not supported."""
+    config = model.model.model_config
+    unet_config = getattr(config, "unet_config", {})
+    for known, name in SUPPORTED.items():
+        if isinstance(config, known) and unet_config.get("in_channels") == 4:
+            return name
+    raise InputError(
+        "model",
+        f"is {type(config).__name__} with {unet_config.get('in_channels', '?')} input channels; "
+        "this version trains Stable Diffusion 1.x and 2.x text-to-image models. "
+        "Load such a checkpoint.",
+    )
+
+
+def twin_config(c: dict[str, Any]) -> dict[str, Any]:
+    """Translate a ComfyUI unet_config into the arguments of diffusers' UNet2DConditionModel."""
+    channels = [c["model_channels"] * m for m in c["channel_mult"]]
+    levels = range(len(channels))
+    blocks = c["num_res_blocks"]
+    depth_at = [c["transformer_depth"][sum(blocks[:i])] for i in levels]
+    head_channels = c.get("num_head_channels", -1)
+    heads = [n // head_channels if head_channels > 0 else c["num_heads"] for n in channels]
+    down = ["CrossAttnDownBlock2D" if depth_at[i] else "DownBlock2D" for i in levels]
+    up = ["CrossAttnUpBlock2D" if depth_at[i] else "UpBlock2D" for i in reversed(levels)]
+    return {
+        "in_channels": c["in_channels"],
+        "out_channels": c["out_channels"],
+        "block_out_channels": tuple(channels),
+        "layers_per_block": tuple(blocks),
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(up),
+        "mid_block_type": (
+            None if c["transformer_depth_middle"] == -2 else "UNetMidBlock2DCrossAttn"
+        ),
+        "transformer_layers_per_block": tuple(max(1, d) for d in depth_at),
+        "attention_head_dim": tuple(heads),  # diffusers' name for the number of heads
+        "cross_attention_dim": c["context_dim"],
+        "use_linear_projection": c.get("use_linear_in_transformer", False),
+    }
+
+
+def twin_weights(model: ModelPatcher, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the base's weights under diffusers' names, patches applied, in `dtype`."""
+    own = model.model.diffusion_model.state_dict()
+    names = twin_names(model)
+    return {
+        twin: _weight(model, PREFIX + name, own[name]).to(dtype) for twin, name in names.items()
+    }
+
+
+def twin_names(model: ModelPatcher) -> dict[str, str]:
+    """Map diffusers' weight names to those of ComfyUI's U-Net."""
+    own = model.model.diffusion_model.state_dict().keys()
+    mapping = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    return {twin: name for twin, name in mapping.items() if name in own}
+
+
+def _weight(model: ModelPatcher, key: str, weight: Tensor) -> Tensor:
+    if key in model.patches:
+        return comfy.lora.calculate_weight(model.patches[key], weight.float().clone(), key)
+    return _without_inference_flag(weight)
+
+
+def _without_inference_flag(tensor: Tensor) -> Tensor:
+    """Alias a tensor born in inference mode by one that autograd accepts; storage is shared."""
+    if not tensor.is_inference():
+        return tensor.detach()
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(
+        tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
+
+
+def fingerprint(model: ModelPatcher) -> dict[str, str]:
+    """Describe the base: family, and hashes of its geometry and of (a sample of) its weights."""
+    geometry, weights = hashlib.sha256(), hashlib.sha256()
+    for name, weight in sorted(model.model.diffusion_model.state_dict().items()):
+        geometry.update(f"{name}{tuple(weight.shape)}".encode())
+        sample = weight.flatten()[:64].float().cpu().contiguous()
+        weights.update(sample.numpy().tobytes())
+    return {
+        "family": family(model),
+        "geometry": geometry.hexdigest()[:16],
+        "weights": weights.hexdigest()[:16],
+    }
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """Resolve "auto": bf16 where the device computes in it, else fp32."""
+    if wanted != "auto":
+        return wanted
+    fast = device.type != "cpu" and comfy.model_management.should_use_bf16(device)
+    choice = "bf16" if fast else "fp32"
+    logging.info("Personalize: training in %s on %s", choice, device)
+    return choice

@@ -1,0 +1,17 @@
+"""The list of nodes."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..trainers.methods import METHODS
+from .data import Dataset
+from .demo import DemoBase, DemoSubject
+from .load import Apply, Load
+from .train import train_node
+
+
+class PersonalizeExtension(ComfyExtension):
+    """Everything this pack adds to ComfyUI."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        training = [train_node(method) for method in METHODS.values()]
+        return [Dataset, *training, Apply, Load, DemoBase, DemoSubject]

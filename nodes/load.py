@@ -1,0 +1,209 @@
+"""Apply what was learned to a MODEL: as weight patches, for any stock sampler."""
+
+from pathlib import Path
+
+import comfy.weight_adapter
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter.base import WeightAdapterBase
+from comfy_api.latest import io
+
+from ..trainers.artifact import Personalization
+from ..trainers.edits import Edit, LowRank
+from ..trainers.errors import InputError
+from ..trainers.methods import METHODS
+from ..trainers.run import Run, list_runs
+from .bridge import PREFIX, fingerprint, twin_names
+from .wires import CATEGORY, PersonalizedWire, at
+
+NO_RUNS = "(no runs yet)"
+STRENGTH = io.Float.Input(
+    "strength",
+    default=1.0,
+    min=-4.0,
+    max=4.0,
+    step=0.05,
+    tooltip="How much of what was learned is used: 0 is the base, 1 as trained.",
+)
+
+
+def runs_root() -> Path:
+    """Return the folder that holds the runs: output/personalized."""
+    return Path(folder_paths.get_output_directory()) / "personalized"
+
+
+class EditPatch(WeightAdapterBase):
+    """Let ComfyUI apply an edit whenever it computes a weight."""
+
+    name = "personalize"
+
+    def __init__(self, edit: Edit):
+        self.edit = edit
+        self.loaded_keys = set()
+        self.weights = list(edit.tensors().values())
+
+    def calculate_weight(
+        self,
+        weight,
+        key,
+        strength,
+        strength_model,
+        offset,
+        function,
+        intermediate_dtype=torch.float32,
+        original_weight=None,
+    ):
+        return self.edit.apply(weight, strength)
+
+
+def patch_of(edit: Edit) -> WeightAdapterBase:
+    """Return the patch of an edit: ComfyUI's own for LoRA, ours for the rest."""
+    if isinstance(edit, LowRank):
+        weights = (edit.up, edit.down, edit.alpha, None, None, None)
+        return comfy.weight_adapter.LoRAAdapter(set(), weights)
+    return EditPatch(edit)
+
+
+def personalize(
+    model: ModelPatcher, learned: Personalization, strength: float
+) -> tuple[ModelPatcher, str]:
+    """Return a clone of MODEL with what was learned, and a text of what matched.
+
+    Raises InputError when it does not fit this base, naming both.
+    """
+    names = {n.removesuffix(".weight"): own for n, own in twin_names(model).items()}
+    edits, unknown = learned.edits(list(names))
+    shapes = {n: w.shape for n, w in model.model.diffusion_model.state_dict().items()}
+    unfit = [site for site, edit in edits.items() if not edit.fits(shapes[names[site]])]
+    here, there = fingerprint(model), learned.header.base
+    if unknown or unfit or not edits:
+        raise InputError(
+            "model",
+            f"does not fit: this {learned.header.method} file was trained on {there.get('family')} "
+            f"({there.get('geometry')}), the model is {here['family']} ({here['geometry']}); "
+            f"{len(edits) - len(unfit)} layers match, {len(unfit)} have another shape, "
+            f"{len(unknown)} keys belong to no layer. Connect the kind of base it was trained on.",
+        )
+    patched = model.clone()
+    if strength != 0.0:
+        patches = {PREFIX + names[site]: patch_of(edit) for site, edit in edits.items()}
+        accepted = patched.add_patches(patches, strength)
+        if len(accepted) != len(patches):
+            raise InputError(
+                "model", f"took {len(accepted)} of {len(patches)} layers; is it a stock U-Net?"
+            )
+    return patched, report(learned, here, len(edits), strength)
+
+
+def report(learned: Personalization, here: dict[str, str], layers: int, strength: float) -> str:
+    """Say in plain words what was loaded."""
+    header = learned.header
+    method = METHODS[header.method].title if header.method in METHODS else header.method
+    same = header.base.get("weights") == here["weights"]
+    base = "the base it was trained on" if same else "another base of the same shape"
+    return (
+        f"{method} after {header.step} steps: all {layers} layers matched, "
+        f"{learned.parameters:,} learned numbers, strength {strength:g}, on {base}.\n"
+        f"Use these words in your prompt: {header.instance_prompt}"
+    )
+
+
+class Apply(io.ComfyNode):
+    """Apply a personalisation that is already in the graph."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PersonalizeApply",
+            display_name="Apply Personalization",
+            category=CATEGORY,
+            description="Applies what a training node in this graph learned to a model, with a "
+            "strength of your choice. The model that comes in is left as it is.",
+            search_aliases=["apply lora", "use personalization", "apply trained"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base it was trained on, or one like it."),
+                PersonalizedWire.Input("personalized", tooltip="From a training node or loader."),
+                STRENGTH,
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="For any sampler.")],
+        )
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def execute(cls, model, personalized, strength) -> io.NodeOutput:
+        with at(cls):
+            return io.NodeOutput(personalize(model, personalized, strength)[0])
+
+
+class Load(io.ComfyNode):
+    """Load a checkpoint of an earlier run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        runs = list_runs(runs_root()) or [NO_RUNS]
+        return io.Schema(
+            node_id="PersonalizeLoad",
+            display_name="Load Personalization",
+            category=CATEGORY,
+            description="Loads a checkpoint of an earlier training run and applies it to a model. "
+            "Says what matched, and fails when nothing does. Press R to refresh the lists.",
+            search_aliases=["load lora", "load run", "load personalized model", "load checkpoint"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base it was trained on, or one like it."),
+                io.Combo.Input(
+                    "run", options=runs, tooltip="A run in output/personalized, newest first."
+                ),
+                io.Combo.Input(
+                    "checkpoint",
+                    options=checkpoint_names(runs),
+                    default="last",
+                    tooltip="last, or a step that was kept (see 'save_every' of the trainer).",
+                ),
+                STRENGTH,
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For any sampler."),
+                io.String.Output(display_name="report", tooltip="What was loaded and matched."),
+                PersonalizedWire.Output(display_name="personalized", tooltip="For Apply."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, run, checkpoint):
+        """Check the two lists ourselves: they are older than the files."""
+        try:
+            with at(cls):
+                Run.open(runs_root(), run).load(checkpoint)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model=None, run="", checkpoint="", strength=1.0):
+        """Load again when the file changed."""
+        with at(cls):
+            stat = Run.open(runs_root(), run).path(checkpoint).stat()
+        return f"{run}/{checkpoint}/{stat.st_mtime_ns}/{stat.st_size}"
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def execute(cls, model, run, checkpoint, strength) -> io.NodeOutput:
+        with at(cls):
+            learned = Run.open(runs_root(), run).load(checkpoint)
+            patched, text = personalize(model, learned, strength)
+            return io.NodeOutput(patched, text, learned, ui={"text": [text]})
+
+
+def checkpoint_names(runs: list[str]) -> list[str]:
+    """List every checkpoint name that some run has; "last" first."""
+    steps = {
+        int(name.removeprefix("step "))
+        for run in runs
+        if run != NO_RUNS
+        for name in Run(runs_root() / run).checkpoints()
+        if name.startswith("step ")
+    }
+    return ["last", *(f"step {step}" for step in sorted(steps))]

@@ -1,0 +1,21 @@
+"""The pack's own wire types, and errors that name the node."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from comfy_api.latest import io
+
+from ..trainers.errors import InputError
+
+CATEGORY = "personalize"
+PersonalDataWire = io.Custom("PERSONALIZE_DATA")  # trainers.data.PersonalData
+PersonalizedWire = io.Custom("PERSONALIZED")  # trainers.artifact.Personalization
+
+
+@contextmanager
+def at(node: type[io.ComfyNode]) -> Iterator[None]:
+    """Put the node's name in front of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise ValueError(f"{node.define_schema().display_name}: {error}") from error

@@ -1,0 +1,1 @@
+"""Training without ComfyUI: torch, diffusers and peft in, a `Personalization` out."""

@@ -1,0 +1,127 @@
+"""A personalisation on disk: edits and a JSON header in one safetensors file."""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .edits import Edit, from_tensors, to_tensors
+from .errors import InputError
+
+FORMAT = 1
+HEADER = "personalize"  # key of our JSON in the file's metadata
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about itself."""
+
+    method: str
+    step: int
+    settings: dict[str, Any]
+    base: dict[str, Any]  # family, geometry, weights: see nodes/bridge.py
+    instance_prompt: str
+    class_prompt: str
+    data: str  # fingerprint of the training data
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Personalization:
+    """What a run learned. Keys of `tensors` follow kohya's LoRA naming, so that a LoRA run's file
+    is an ordinary LoRA file.
+    """
+
+    header: Header
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, header: Header, edits: dict[str, Edit], step: int) -> "Personalization":
+        """Pack edits as they are after `step` steps."""
+        return cls(replace(header, step=step), to_tensors(edits))
+
+    def edits(self, sites: list[str]) -> tuple[dict[str, Edit], list[str]]:
+        """Read the edits for a network with `sites`: ({site: edit}, keys without a site)."""
+        return from_tensors(self.tensors, sites)
+
+    @property
+    def parameters(self) -> int:
+        """Return how many numbers were learned."""
+        return sum(t.numel() for name, t in self.tensors.items() if not name.endswith(".alpha"))
+
+    def save(self, path: Path) -> None:
+        """Write the file atomically: it is either whole or not there."""
+        metadata = {HEADER: json.dumps(asdict(self.header)), **modelspec(self.header)}
+        with atomic(path) as temporary:
+            save_file(self.tensors, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: Path, input_name: str = "checkpoint") -> "Personalization":
+        """Read a file.
+
+        Raises InputError for a missing, damaged, foreign or newer file.
+        """
+        if not path.is_file():
+            raise InputError(input_name, f"names {path.name}, which is not there any more.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(
+                input_name, f"names {path.name}, which is damaged ({error}); choose another."
+            ) from error
+        return cls(_read_header(metadata, path.name, input_name), tensors)
+
+
+def _read_header(metadata: dict[str, str], file: str, input_name: str) -> Header:
+    if HEADER not in metadata:
+        raise InputError(
+            input_name,
+            f"names {file}, which was not made by this pack; load LoRA files with 'Load LoRA'.",
+        )
+    try:
+        fields = json.loads(metadata[HEADER])
+        if fields["format"] > FORMAT:
+            raise InputError(
+                input_name,
+                f"names {file} of format {fields['format']}; this version reads up to {FORMAT}. "
+                "Update Personalize.",
+            )
+        return Header(**fields)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(input_name, f"names {file}, whose header is damaged ({error}).") from error
+
+
+def modelspec(header: Header) -> dict[str, str]:
+    """Return the standard metadata that model managers show (modelspec 1.0.1)."""
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{header.base.get('family', 'unknown')}/{header.method}",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": header.instance_prompt,
+        "modelspec.trigger_phrase": header.instance_prompt,
+        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary file beside `path` that replaces it when the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

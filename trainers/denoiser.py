@@ -1,0 +1,83 @@
+"""The network that is trained: a diffusers U-Net with the schedule of the base it came from."""
+
+from contextlib import contextmanager
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+
+class Denoiser(nn.Module):
+    """Predict noise (or velocity) as the base does; `unet` is what methods adapt.
+
+    unet: the frozen base, possibly sharing its weights with a ComfyUI model.
+    alphas_cumprod: (T,) the signal power of the base's own schedule.
+    prediction_type: "epsilon" or "v_prediction".
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, alphas_cumprod: Tensor, prediction_type: str):
+        super().__init__()
+        self.unet = unet.requires_grad_(False).eval()
+        self.schedule = noise_schedule(alphas_cumprod, prediction_type)
+
+    @property
+    def timestep_count(self) -> int:
+        """T, the number of training timesteps."""
+        return len(self.schedule.alphas_cumprod)
+
+    @property
+    def size_multiple(self) -> int:
+        """What a latent's sides must be a multiple of, so that every level halves evenly."""
+        return 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """Return the prediction, (B, C, h, w) fp32.
+
+        noisy: (B, C, h, w); timesteps: (B,) int in [0, T); context: (B, L, D) text states.
+        """
+        dtype = self.unet.conv_in.weight.dtype
+        return self.unet(noisy.to(dtype), timesteps, context.to(dtype)).sample.float()
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise, (B, C, h, w)."""
+        return self.schedule.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the base predicts at x_t: the noise, or the velocity."""
+        if self.schedule.config.prediction_type == "v_prediction":
+            return self.schedule.get_velocity(latents, noise, timesteps)
+        return noise
+
+    def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Return min(SNR, gamma)/SNR, or /(SNR + 1) for velocity: (B,)   (Hang et al. 2023)."""
+        snr = compute_snr(self.schedule, timesteps)
+        velocity = self.schedule.config.prediction_type == "v_prediction"
+        return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
+
+    @contextmanager
+    def prior(self):
+        """Inside, the network is the frozen base."""
+        layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield self
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+
+def noise_schedule(alphas_cumprod: Tensor, prediction_type: str) -> DDPMScheduler:
+    """Build diffusers' scheduler with exactly these cumulative alphas (T,)."""
+    alphas_cumprod = alphas_cumprod.detach().double().cpu()
+    ratios = alphas_cumprod / torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    schedule = DDPMScheduler(
+        num_train_timesteps=len(alphas_cumprod),
+        trained_betas=(1 - ratios).tolist(),
+        prediction_type=prediction_type,
+        clip_sample=False,
+    )
+    schedule.alphas_cumprod = alphas_cumprod.float()
+    return schedule

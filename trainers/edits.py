@@ -1,0 +1,136 @@
+"""Edits: what a checkpoint does to a weight, as pure functions of that weight.
+
+An edit is all that a loader needs: it knows nothing of methods, networks or ComfyUI. Convolutions
+(out, in, kh, kw) are edited as matrices (out, in*kh*kw).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Edit(Protocol):
+    """One layer's learned change."""
+
+    def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """Return the edited weight, shaped and typed like `weight`; strength 0 is `weight`."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a file keeps, by suffix."""
+        ...
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Tell whether a weight of this shape can be edited."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """LoRA: W' = W + s (alpha / r) up @ down   (Hu et al. 2021, eq. 3)."""
+
+    down: Tensor  # (r, in) or (r, in, kh, kw)
+    up: Tensor  # (out, r) or (out, r, 1, 1)
+    alpha: float
+    suffixes: ClassVar = ("lora_down.weight", "lora_up.weight", "alpha")
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def delta(self) -> Tensor:
+        """Return (alpha / r) up @ down, (out, in*kh*kw), fp32."""
+        product = self.up.flatten(1).float() @ self.down.flatten(1).float()
+        return (self.alpha / self.rank) * product
+
+    def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        if strength == 0.0:
+            return weight
+        edited = weight.float() + strength * self.delta().to(weight.device).reshape(weight.shape)
+        return edited.to(weight.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        alpha = torch.tensor(float(self.alpha))
+        return dict(zip(self.suffixes, (self.down, self.up, alpha), strict=True))
+
+    @classmethod
+    def from_tensors(cls, down: Tensor, up: Tensor, alpha: Tensor) -> "LowRank":
+        if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0]:
+            raise ValueError(f"up {tuple(up.shape)} and down {tuple(down.shape)} do not multiply")
+        return cls(down, up, float(alpha))
+
+    def fits(self, shape: torch.Size) -> bool:
+        return self.up.shape[0] == shape[0] and self.down.flatten(1).shape[1] == shape[1:].numel()
+
+
+@dataclass(frozen=True)
+class RankReduction:
+    """PaRa: W' = W - s Q Q^T W with Q = qr(B).Q   (Chen et al. 2025; s = 1 there)."""
+
+    basis: Tensor  # B, (out, r)
+    suffixes: ClassVar = ("para_basis",)
+
+    def directions(self) -> Tensor:
+        """Return Q, (out, r), fp32: an orthonormal basis of the removed output directions."""
+        return torch.linalg.qr(self.basis.float()).Q
+
+    def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        if strength == 0.0:
+            return weight
+        q = self.directions().to(weight.device)
+        matrix = weight.flatten(1).float()
+        return (matrix - strength * (q @ (q.mT @ matrix))).reshape(weight.shape).to(weight.dtype)
+
+    def as_low_rank(self, weight: Tensor) -> LowRank:
+        """Return the LoRA with the same effect on this very weight: up = -Q, down = Q^T W."""
+        q = self.directions().to(weight.device)
+        down = (q.mT @ weight.flatten(1).float()).reshape(-1, *weight.shape[1:])
+        up = -q.reshape(*q.shape, *[1] * (weight.ndim - 2))
+        return LowRank(down, up, alpha=float(q.shape[1]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(zip(self.suffixes, (self.basis,), strict=True))
+
+    @classmethod
+    def from_tensors(cls, basis: Tensor) -> "RankReduction":
+        if basis.ndim != 2:
+            raise ValueError(f"basis {tuple(basis.shape)} is not a matrix")
+        return cls(basis)
+
+    def fits(self, shape: torch.Size) -> bool:
+        return self.basis.shape[0] == shape[0] and self.basis.shape[1] <= shape[0]
+
+
+KINDS = (LowRank, RankReduction)
+
+
+def to_tensors(edits: dict[str, Edit]) -> dict[str, Tensor]:
+    """Name the tensors of edits by site, as LoRA files do: `lora_unet_<site with _>.<suffix>`."""
+    return {
+        f"{file_name(site)}.{suffix}": tensor.detach().cpu().contiguous()
+        for site, edit in edits.items()
+        for suffix, tensor in edit.tensors().items()
+    }
+
+
+def file_name(site: str) -> str:
+    """Return the name of a U-Net layer (diffusers' path) in a file."""
+    return "lora_unet_" + site.replace(".", "_")
+
+
+def from_tensors(tensors: dict[str, Tensor], sites: list[str]) -> tuple[dict[str, Edit], list[str]]:
+    """Read edits back for a network that has `sites`.
+
+    Returns ({site: edit}, keys that belong to none of the sites).
+    """
+    edits: dict[str, Edit] = {}
+    left = dict(tensors)
+    for site in sites:
+        prefix = file_name(site) + "."
+        for kind in KINDS:
+            names = [prefix + suffix for suffix in kind.suffixes]
+            if all(name in left for name in names):
+                edits[site] = kind.from_tensors(*(left.pop(name) for name in names))
+    return edits, sorted(left)

@@ -1,0 +1,102 @@
+"""The only training loop. A generator: the caller owns progress, cancellation and checkpoints."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from .data import PersonalData
+from .denoiser import Denoiser
+from .edits import Edit
+from .errors import InputError
+from .method import Draws, Method, Objective, generator
+from .optimizers import build_optimizer
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step did."""
+
+    index: int  # 1 for the first
+    loss: float
+    learning_rate: float
+    learned: Callable[[], dict[str, Edit]]  # a snapshot of what is learned so far (the EMA, if on)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()  # as decorators: unlike with-blocks they are undone at every yield
+def train(method: Method, denoiser: Denoiser, data: PersonalData) -> Iterator[Step]:
+    """Adapt `denoiser.unet` and train it on `data`, yielding after every optimiser step.
+
+    data: its latents are in the network's scale. Close the generator to stop early.
+    Raises InputError when a setting does not fit the base, FloatingPointError when the loss is
+    no longer finite.
+    """
+    settings = method.settings
+    parameters = adapt(method, denoiser.unet)
+    optimizer = build_optimizer(
+        settings.optimizer, parameters, settings.learning_rate, settings.weight_decay
+    )
+    schedule = get_scheduler(
+        settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        optimizer,
+        num_warmup_steps=settings.warmup_steps,
+        num_training_steps=settings.steps,
+    )
+    average = EMAModel(parameters, decay=settings.ema_decay) if settings.ema_decay > 0 else None
+    if settings.gradient_checkpointing:
+        denoiser.unet.enable_gradient_checkpointing()
+
+    def learned() -> dict[str, Edit]:
+        if average is None:
+            return method.learned(denoiser.unet)
+        average.store(parameters)
+        average.copy_to(parameters)
+        edits = method.learned(denoiser.unet)
+        average.restore(parameters)
+        return edits
+
+    for index in range(settings.steps):
+        objectives = list(draw_objectives(method, denoiser, data, index))
+        rate = schedule.get_last_lr()[0]
+        loss = float(method.update(objectives, optimizer))
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss} at step {index + 1}: lower 'learning_rate' "
+                f"(it is {settings.learning_rate:g}) or set 'precision' to fp32"
+            )
+        schedule.step()
+        if average is not None:
+            average.step(parameters)
+        yield Step(index + 1, loss, rate, learned)
+
+
+def adapt(method: Method, unet: nn.Module) -> list[nn.Parameter]:
+    """Put the method's parameters into `unet`, seeded, in fp32; return them."""
+    unet.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(method.settings.seed, 0, 0).initial_seed())
+        method.adapt(unet)
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    if not parameters:
+        raise InputError("layers", "leaves nothing to train in this base; choose other layers.")
+    device = unet.conv_in.weight.device
+    for parameter in parameters:
+        parameter.data = parameter.data.to(device, torch.float32)
+    return parameters
+
+
+def draw_objectives(
+    method: Method, denoiser: Denoiser, data: PersonalData, step: int
+) -> Iterator[Objective]:
+    """Draw the batches of one step; each becomes a closure that evaluates its loss."""
+    device = denoiser.unet.conv_in.weight.device
+    parts = method.settings.gradient_accumulation
+    for part in range(parts):
+        draws = Draws(method.settings.seed, step, part, parts)
+        batch = method.draw(data, denoiser, draws).to(device)
+        yield lambda batch=batch: method.loss(denoiser, batch)

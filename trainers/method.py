@@ -1,0 +1,129 @@
+"""A method answers four questions: what is free, what is shown, what is asked, how it moves.
+
+Every default is the plain answer of DreamBooth-LoRA.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import Batch, Example, PersonalData, stack_contexts
+from .denoiser import Denoiser
+from .edits import Edit
+from .settings import Settings
+
+Objective = Callable[[], Tensor]  # evaluates the loss of one batch, scalar
+
+
+class Method:
+    """Base of all methods; subclasses override only what their paper changes."""
+
+    name: ClassVar[str]  # in files and for ever
+    title: ClassVar[str]  # for people
+    Settings: ClassVar[type[Settings]] = Settings
+    starts_at_identity: ClassVar[bool] = True
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def adapt(self, unet: nn.Module) -> None:
+        """What is free: put trainable parameters into a frozen U-Net."""
+        raise NotImplementedError
+
+    def learned(self, unet: nn.Module) -> dict[str, Edit]:
+        """Return what was learned, {site: edit}: the contents of a checkpoint."""
+        raise NotImplementedError
+
+    def draw(self, data: PersonalData, denoiser: Denoiser, draws: "Draws") -> Batch:
+        """What is shown: the next examples, noise and timesteps, uniform over [0, T)."""
+        s = self.settings
+        shown = draws.examples(data.training, s.batch_size)
+        prior = draws.examples(data.prior, s.batch_size) if data.prior else []
+        weights = [1.0] * len(shown) + [s.prior_weight] * len(prior)
+        weight = torch.tensor(weights) / len(shown)
+        return assemble(data, shown + prior, weight, s, denoiser, draws)
+
+    def loss(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """What is asked: mean loss on the subject + prior weight * the same on its class."""
+        weight = batch.weight
+        if self.settings.min_snr_gamma > 0:
+            weight = weight * denoiser.min_snr_weight(batch.timesteps, self.settings.min_snr_gamma)
+        return (weight * denoising_loss(denoiser, batch)).sum()
+
+    def update(self, objectives: Sequence[Objective], optimizer: torch.optim.Optimizer) -> Tensor:
+        """How it moves: back-propagate the objectives' mean, clip, step. Returns that mean."""
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(())
+        for objective in objectives:
+            loss = objective() / len(objectives)
+            loss.backward()
+            total = total.to(loss.device) + loss.detach()
+        if not total.isfinite():
+            return total  # before the step: what was learned so far stays good
+        if self.settings.gradient_clipping > 0:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clipping)
+        optimizer.step()
+        return total
+
+
+class Draws:
+    """The random choices of one batch, from (seed, step, part) alone: nothing to save or restore.
+
+    All numbers come from the CPU, so that a run is the same on every device.
+    """
+
+    def __init__(self, seed: int, step: int, part: int, parts: int):
+        self.seed = seed
+        self.index = step * parts + part  # of this batch in the run
+        self.generator = generator(seed, 1, self.index)
+
+    def examples(self, pool: Sequence[Example], count: int) -> list[Example]:
+        """Take the next `count` of a pool that is reshuffled each time it has been gone through."""
+        first = self.index * count
+        return [pool[self._position(len(pool), i)] for i in range(first, first + count)]
+
+    def _position(self, size: int, index: int) -> int:
+        epoch, place = divmod(index, size)
+        return int(torch.randperm(size, generator=generator(self.seed, 2, epoch))[place])
+
+
+def generator(seed: int, stream: int, index: int) -> torch.Generator:
+    """Make the generator of one draw; streams never share numbers."""
+    digest = hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def assemble(
+    data: PersonalData,
+    examples: list[Example],
+    weight: Tensor,
+    settings: Settings,
+    denoiser: Denoiser,
+    draws: Draws,
+) -> Batch:
+    """Add noise, timesteps and captions to examples."""
+    rng, count = draws.generator, len(examples)
+    latents = torch.stack([example.latent for example in examples])
+    timesteps = torch.randint(denoiser.timestep_count, (count,), generator=rng)
+    noise = torch.randn(latents.shape, generator=rng)
+    if settings.noise_offset > 0:
+        noise = noise + settings.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=rng)
+    unsaid = torch.rand(count, generator=rng) < settings.caption_dropout
+    contexts = [
+        data.empty_context if drop else example.context
+        for drop, example in zip(unsaid.tolist(), examples, strict=True)
+    ]
+    return Batch(latents, noise, timesteps, stack_contexts(contexts), weight)
+
+
+def denoising_loss(denoiser: Denoiser, batch: Batch) -> Tensor:
+    """Return || target - prediction ||^2, averaged within each example: (B,)."""
+    noisy = denoiser.noised(batch.latents, batch.noise, batch.timesteps)
+    predicted = denoiser(noisy, batch.timesteps, batch.context)
+    target = denoiser.target(batch.latents, batch.noise, batch.timesteps)
+    return F.mse_loss(predicted, target, reduction="none").flatten(1).mean(1)

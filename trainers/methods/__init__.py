@@ -1,0 +1,6 @@
+"""One file per method. `METHODS` is the one list: nodes, loader and tests read it."""
+
+from .lora import LoRA
+from .para import PaRa
+
+METHODS = {method.name: method for method in (LoRA, PaRa)}

@@ -1,0 +1,78 @@
+"""LoRA: low-rank adaptation, trained as DreamBooth does. The baseline of every other method.
+
+    W' = W + (alpha / r) B A,   A random, B = 0 at the start      (Hu et al. 2021, eq. 3)
+
+Only the U-Net learns; prior images, if given, keep the class from drifting to the subject
+(Ruiz et al. 2023, eq. 2). The adapter is peft's.
+"""
+
+from dataclasses import dataclass
+
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from ..edits import Edit, LowRank
+from ..errors import InputError
+from ..method import Method
+from ..settings import Settings, knob
+from ..sites import PRESETS, narrowest, sites
+
+
+@dataclass(frozen=True)
+class LoRASettings(Settings):
+    """Settings of LoRA, and of the methods that train one."""
+
+    rank: int = knob(
+        16,
+        "Width of the low-rank change: more holds more detail, and over-fits sooner.",
+        min=1,
+        max=1024,
+    )
+    alpha: float = knob(
+        0.0,
+        "The change is scaled by alpha / rank. 0: same as the rank (scale 1).",
+        min=0.0,
+        max=4096.0,
+        step=1.0,
+        advanced=True,
+    )
+    layers: str = knob(
+        "attention",
+        "Which layers of the U-Net learn.",
+        choices=tuple(PRESETS),
+        advanced=True,
+    )
+
+
+class LoRA(Method):
+    name = "lora"
+    title = "LoRA"
+    Settings = LoRASettings
+    settings: LoRASettings
+
+    def adapt(self, unet: nn.Module) -> None:
+        s = self.settings
+        targets = sites(unet, s.layers)
+        check_rank(s.rank, narrowest(unet, targets))
+        config = LoraConfig(r=s.rank, lora_alpha=s.alpha or s.rank, target_modules=targets)
+        inject_adapter_in_model(config, unet)
+
+    def learned(self, unet: nn.Module) -> dict[str, Edit]:
+        scale = self.settings.alpha or self.settings.rank
+        return {
+            name: LowRank(
+                layer.lora_A["default"].weight.detach().clone(),
+                layer.lora_B["default"].weight.detach().clone(),
+                alpha=float(scale),
+            )
+            for name, layer in unet.named_modules()
+            if hasattr(layer, "lora_A")
+        }
+
+
+def check_rank(rank: int, width: int) -> None:
+    """Raise InputError when the rank is above the width of the narrowest layer."""
+    if rank > width:
+        raise InputError(
+            "rank", f"is {rank}, but the narrowest layer is {width} wide; give at most {width}."
+        )

@@ -1,0 +1,153 @@
+"""PaRa: parameter rank reduction (Chen et al., ICLR 2025, arXiv 2406.05641).
+
+    Q = qr(B).Q,  B (out, r) learnable;     W' = W - Q Q^T W
+
+What is learned is which r output directions every layer gives up: half of LoRA's parameters on
+square layers, and no direction can be added. Linear layers are peft's `DeftConfig(para=True,
+decomposition_method="qr")`. Ours: convolutions (as matrices out x in*kh*kw), the near-identity
+start `bottom`, the strength s at loading, `concat` for combining subjects (`sequential` is the
+paper's, `sum` is peft's). The layers "all but cross-attention" are the paper's best trade-off.
+Its learning rate is unpublished.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import DeftConfig, inject_adapter_in_model
+from peft.tuners.deft.layer import DeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..edits import Edit, RankReduction
+from ..method import Method
+from ..settings import Settings, knob
+from ..sites import PRESETS, narrowest, sites
+from .lora import check_rank
+
+
+@dataclass(frozen=True)
+class PaRaSettings(Settings):
+    """Settings of PaRa."""
+
+    weight_decay: float = knob(
+        0.0,
+        "No effect on what is learned: only the span of B matters. Leave at 0.",
+        min=0.0,
+        max=1.0,
+        step=1e-3,
+        advanced=True,
+    )
+    rank: int = knob(
+        4,
+        "Output directions that every layer gives up. More: closer to the pictures, less editable.",
+        min=1,
+        max=1024,
+    )
+    init: str = knob(
+        "bottom",
+        "bottom: start from the directions that the base uses least (near-identity); "
+        "random: from any (as peft and the paper's code).",
+        choices=("bottom", "random"),
+        advanced=True,
+    )
+    layers: str = knob(
+        "all but cross-attention",
+        "Which layers of the U-Net learn.",
+        choices=tuple(PRESETS),
+        advanced=True,
+    )
+
+
+class PaRa(Method):
+    name = "para"
+    title = "PaRa"
+    Settings = PaRaSettings
+    settings: PaRaSettings
+    starts_at_identity = False  # a subspace is removed from the first step on
+
+    def adapt(self, unet: nn.Module) -> None:
+        s = self.settings
+        targets = sites(unet, s.layers)
+        check_rank(s.rank, narrowest(unet, targets))
+        convolutions = [n for n in targets if isinstance(unet.get_submodule(n), nn.Conv2d)]
+        linears = [n for n in targets if n not in set(convolutions)]
+        if linears:
+            config = DeftConfig(
+                r=s.rank, para=True, decomposition_method="qr", target_modules=linears
+            )
+            inject_adapter_in_model(config, unet)
+        for name in convolutions:
+            unet.set_submodule(name, ReducedConv2d(unet.get_submodule(name), s.rank))
+        if s.init == "bottom":
+            for layer in reduced_layers(unet).values():
+                basis = bottom_directions(layer.get_base_layer().weight, s.rank)
+                layer.deft_P["default"].data.copy_(basis)
+
+    def learned(self, unet: nn.Module) -> dict[str, Edit]:
+        return {
+            name: RankReduction(layer.deft_P["default"].detach().clone())
+            for name, layer in reduced_layers(unet).items()
+        }
+
+
+class ReducedConv2d(nn.Module, BaseTunerLayer):
+    """A convolution without the output directions spanned by B: y - Q Q^T (y - bias)."""
+
+    adapter_layer_names = ("deft_P",)
+
+    def __init__(self, base_layer: nn.Conv2d, rank: int):
+        super().__init__()
+        self.base_layer = base_layer
+        basis = torch.randn(base_layer.out_channels, rank) * 0.02
+        self.deft_P = nn.ParameterDict({"default": nn.Parameter(basis)})
+        self._disable_adapters = False
+        self._active_adapter = "default"
+        self.merged_adapters = []
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        result = self.base_layer(x, *args)
+        if self.disable_adapters:
+            return result
+        q = torch.linalg.qr(self.deft_P["default"].float()).Q
+        product = result.float()
+        if self.base_layer.bias is not None:
+            product = product - self.base_layer.bias.float()[:, None, None]
+        removed = torch.einsum("or,pr,bphw->bohw", q, q, product)
+        return (result.float() - removed).to(result.dtype)
+
+
+def reduced_layers(unet: nn.Module) -> dict[str, DeftLinear | ReducedConv2d]:
+    """Return the adapted layers by their site."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, (DeftLinear, ReducedConv2d))
+    }
+
+
+def bottom_directions(weight: Tensor, rank: int) -> Tensor:
+    """Return the left-singular vectors of the `rank` smallest singular values, (out, rank).
+
+    Removing them changes the weight least: ||W' - W||_F^2 is the sum of their squares.
+    """
+    matrix = weight.detach().flatten(1).double()
+    return torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, :rank].to(torch.float32)
+
+
+def combine(weight: Tensor, reductions: Sequence[RankReduction], how: str) -> Tensor:
+    """Apply several subjects' reductions to one weight.
+
+    sequential: each to what the former left (the paper's; order matters). concat: remove the span
+    of all (order-free). sum: add the changes (peft's). They agree iff the spans are orthogonal.
+    """
+    if how == "sequential":
+        for reduction in reductions:
+            weight = reduction.apply(weight)
+        return weight
+    if how == "concat":
+        return RankReduction(torch.cat([r.directions() for r in reductions], dim=1)).apply(weight)
+    if how == "sum":
+        return weight + sum(r.apply(weight) - weight for r in reductions)
+    raise ValueError(f"how is {how!r}; give sequential, concat or sum")

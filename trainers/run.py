@@ -1,0 +1,110 @@
+"""A run on disk: one folder with its facts, its history and its checkpoints."""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .artifact import Header, Personalization, atomic
+from .errors import InputError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,79}")
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
+LAST = "last"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder `<root>/<name>/` with run.json, history.jsonl, last.safetensors and
+    checkpoint-<step>.safetensors files.
+    """
+
+    folder: Path
+
+    @classmethod
+    def create(cls, root: Path, name: str, header: Header) -> "Run":
+        """Make a new folder; a name that is taken gets a number, so that no run is overwritten."""
+        check_name(name)
+        root.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            folder = root / (name if number == 1 else f"{name} {number}")
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        run = cls(folder)
+        with atomic(folder / "run.json") as temporary:
+            temporary.write_text(json.dumps(asdict(header), indent=2), encoding="utf-8")
+        return run
+
+    @classmethod
+    def open(cls, root: Path, name: str) -> "Run":
+        """Find a run by name. Raises InputError when there is none, or the name leaves `root`."""
+        folder = root / name
+        inside = os.path.realpath(folder).startswith(os.path.realpath(root) + os.sep)
+        if not NAME.fullmatch(name) or not inside or not folder.is_dir():
+            there = ", ".join(list_runs(root)[:10]) or "none yet: train one first"
+            raise InputError("run", f"is '{name}', but no such run exists. There are: {there}.")
+        return cls(folder)
+
+    @property
+    def name(self) -> str:
+        """Return the folder's name."""
+        return self.folder.name
+
+    def checkpoints(self) -> list[str]:
+        """List what can be loaded: "last" first, then "step N", newest first."""
+        steps = sorted(
+            (int(p.stem.split("-")[1]) for p in self.folder.glob("checkpoint-*.safetensors")),
+            reverse=True,
+        )
+        last = [LAST] if self.path(LAST).is_file() else []
+        return last + [f"step {step}" for step in steps]
+
+    def save(self, personalization: Personalization, checkpoint: str) -> Path:
+        """Write a checkpoint ("last" or "step N") atomically; return its path."""
+        path = self.path(checkpoint)
+        personalization.save(path)
+        return path
+
+    def load(self, checkpoint: str) -> Personalization:
+        """Read a checkpoint. Raises InputError when it is not there or damaged."""
+        if checkpoint not in self.checkpoints():
+            there = ", ".join(self.checkpoints()) or "none"
+            raise InputError(
+                "checkpoint", f"is '{checkpoint}', but run '{self.name}' has: {there}."
+            )
+        return Personalization.load(self.path(checkpoint))
+
+    def log(self, **values: float) -> None:
+        """Append one line to history.jsonl."""
+        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def path(self, checkpoint: str) -> Path:
+        """Return the file of a checkpoint, there or not."""
+        if checkpoint == LAST:
+            return self.folder / "last.safetensors"
+        return self.folder / f"checkpoint-{int(checkpoint.removeprefix('step ')):06d}.safetensors"
+
+
+def check_name(name: str) -> None:
+    """Raise InputError unless `name` is safe as a folder name on every system."""
+    if not NAME.fullmatch(name) or RESERVED.fullmatch(name) or name.endswith((" ", ".")):
+        raise InputError(
+            "name",
+            f"is '{name}'; give up to 80 letters, digits, spaces, dots, dashes or underscores, "
+            "starting with a letter or digit.",
+        )
+
+
+def list_runs(root: Path) -> list[str]:
+    """List the runs below `root` that have a checkpoint, newest first."""
+    if not root.is_dir():
+        return []
+    folders = [f for f in root.iterdir() if f.is_dir() and (f / "run.json").is_file()]
+    folders.sort(key=lambda f: f.stat().st_mtime, reverse=True)
+    return [f.name for f in folders if Run(f).checkpoints()]

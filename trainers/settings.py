@@ -1,0 +1,164 @@
+"""Settings: declared once (default, limits, help); the node's widgets are read off them."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import InputError
+from .optimizers import OPTIMIZERS
+
+
+def knob(default: Any, help: str, *, advanced: bool = False, **limits: Any) -> Any:
+    """Declare a field that is also a widget. `limits`: min, max, step, or choices."""
+    return field(default=default, metadata={"help": help, "advanced": advanced, **limits})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every method needs to know about a run. Field names are the node's input names."""
+
+    steps: int = knob(
+        800,
+        "Optimiser steps. As a start: 100-200 per training image at the default learning rate.",
+        min=1,
+        max=1_000_000,
+    )
+    learning_rate: float = knob(
+        1e-4,
+        "How far each step moves. Too high: noise and forgetting; too low: nothing is learned.",
+        min=0.0,
+        max=1.0,
+        step=1e-6,
+    )
+    batch_size: int = knob(
+        1,
+        "Images per step (prior images come on top, as many again). More: smoother and slower.",
+        min=1,
+        max=1024,
+    )
+    seed: int = knob(
+        0,
+        "Seeds every random choice of the run: the same seed and inputs give the same file.",
+        min=0,
+        max=2**63 - 1,
+    )
+    schedule: str = knob(
+        "constant",
+        "How the learning rate goes over the run, after the warm-up.",
+        choices=("constant", "cosine", "linear"),
+        advanced=True,
+    )
+    warmup_steps: int = knob(
+        0, "Steps over which the learning rate rises from zero.", min=0, max=100_000, advanced=True
+    )
+    gradient_accumulation: int = knob(
+        1,
+        "Batches averaged into one step: a larger batch in the memory of a small one.",
+        min=1,
+        max=1024,
+        advanced=True,
+    )
+    optimizer: str = knob(
+        "adamw",
+        "What moves the weights. A choice that needs a package names it when it is missing.",
+        choices=tuple(OPTIMIZERS),
+        advanced=True,
+    )
+    weight_decay: float = knob(
+        1e-2,
+        "Pull of the learned weights towards zero.",
+        min=0.0,
+        max=1.0,
+        step=1e-3,
+        advanced=True,
+    )
+    gradient_clipping: float = knob(
+        1.0,
+        "Longest gradient (2-norm) that a step may use. 0: no limit.",
+        min=0.0,
+        max=1e6,
+        step=0.1,
+        advanced=True,
+    )
+    min_snr_gamma: float = knob(
+        0.0,
+        "Min-SNR loss weighting (Hang et al. 2023); 5 is usual, 0 is off.",
+        min=0.0,
+        max=100.0,
+        step=0.5,
+        advanced=True,
+    )
+    noise_offset: float = knob(
+        0.0,
+        "Adds noise that is constant over a picture, for darker darks; 0.05-0.1 is usual.",
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        advanced=True,
+    )
+    prior_weight: float = knob(
+        1.0,
+        "Weight of the prior images in the loss (prior preservation); no effect without them.",
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        advanced=True,
+    )
+    caption_dropout: float = knob(
+        0.0,
+        "Share of examples shown with an empty caption.",
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        advanced=True,
+    )
+    gradient_checkpointing: bool = knob(
+        False,
+        "Recompute activations instead of keeping them: much less memory, about a third slower.",
+        advanced=True,
+    )
+    precision: str = knob(
+        "auto",
+        "Number format of the frozen base while training; what is learned is always fp32. "
+        "auto: bf16 where the device computes in it, else fp32.",
+        choices=("auto", "fp32", "bf16"),
+        advanced=True,
+    )
+    ema_decay: float = knob(
+        0.0,
+        "Keep a running average of what is learned, and use that; 0.99-0.999 is usual, 0 is off.",
+        min=0.0,
+        max=0.99999,
+        step=0.001,
+        advanced=True,
+    )
+    save_every: int = knob(
+        0,
+        "Also keep a checkpoint every so many steps. 0: only the last one.",
+        min=0,
+        max=1_000_000,
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            _check(spec, getattr(self, spec.name))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def _check(spec: dataclasses.Field, value: Any) -> None:
+    limits = spec.metadata
+    choices = limits.get("choices")
+    if choices is not None:
+        if value not in choices:
+            raise InputError(spec.name, f"is {value!r}; give one of {', '.join(choices)}.")
+        return
+    if isinstance(value, (bool, str)):
+        return
+    low, high = limits.get("min", -math.inf), limits.get("max", math.inf)
+    if not low <= value <= high:  # also catches NaN
+        raise InputError(spec.name, f"is {value}; give a number from {low} to {high}.")
