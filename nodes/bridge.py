@@ -11,7 +11,7 @@ import comfy.supported_models as families
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from ..trainers.denoiser import Denoiser
@@ -46,7 +46,7 @@ def denoiser_of(model: ModelPatcher, precision: str = "fp32") -> Denoiser:
             f"has an unknown layout: {len(missing)} weights missing ({missing[:3]}), "
             f"{len(unexpected)} unexpected ({unexpected[:3]}); use a stock SD 1.x or 2.x U-Net.",
         )
-    sampling = model.get_model_object("model_sampling")
+    sampling: Any = model.get_model_object("model_sampling")
     velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
     return Denoiser(
         unet, 1 / (sampling.sigmas.double() ** 2 + 1), "v_prediction" if velocity else "epsilon"

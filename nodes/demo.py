@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.model_base
 import comfy.model_management
@@ -30,7 +30,7 @@ SPLITS = ("training", "held-out")
 class SpriteFamily(comfy.supported_models.SD15):
     """SD 1.x at the size of the demo base. Not registered: core lists stay as they are."""
 
-    unet_extra_config = {}  # the number of heads is the demo base's own
+    unet_extra_config: ClassVar = {}  # the number of heads is the demo base's own
 
 
 class DemoBase(io.ComfyNode):

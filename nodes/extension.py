@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..trainers.methods import METHODS
 from .data import Dataset
 from .demo import DemoBase, DemoSubject
+from .folder import Folder
 from .load import Apply, Load
 from .train import train_node
 
@@ -14,4 +15,4 @@ class PersonalizeExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         training = [train_node(method) for method in METHODS.values()]
-        return [Dataset, *training, Apply, Load, DemoBase, DemoSubject]
+        return [Folder, Dataset, *training, Apply, Load, DemoBase, DemoSubject]

@@ -173,7 +173,7 @@ class Session:
 def in_network_scale(data: PersonalData, model: ModelPatcher, denoiser: Denoiser) -> PersonalData:
     """Bring the latents to the network's scale. Raises InputError when data and base do not fit."""
     sample = data.training[0]
-    width = denoiser.unet.config.cross_attention_dim
+    width = denoiser.unet.config["cross_attention_dim"]
     if sample.context.shape[-1] != width or sample.latent.shape[0] != 4:
         raise InputError(
             "data",

@@ -1,9 +1,11 @@
 """The network that is trained: a diffusers U-Net with the schedule of the base it came from."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -20,7 +22,13 @@ class Denoiser(nn.Module):
     def __init__(self, unet: UNet2DConditionModel, alphas_cumprod: Tensor, prediction_type: str):
         super().__init__()
         self.unet = unet.requires_grad_(False).eval()
+        self.prediction_type = prediction_type
         self.schedule = noise_schedule(alphas_cumprod, prediction_type)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.unet.device
 
     @property
     def timestep_count(self) -> int:
@@ -30,7 +38,7 @@ class Denoiser(nn.Module):
     @property
     def size_multiple(self) -> int:
         """What a latent's sides must be a multiple of, so that every level halves evenly."""
-        return 2 ** (len(self.unet.config.block_out_channels) - 1)
+        return 2 ** (len(self.unet.config["block_out_channels"]) - 1)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """Return the prediction, (B, C, h, w) fp32.
@@ -42,22 +50,22 @@ class Denoiser(nn.Module):
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise, (B, C, h, w)."""
-        return self.schedule.add_noise(latents, noise, timesteps)
+        return self.schedule.add_noise(latents, noise, timesteps)  # pyright: ignore
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return what the base predicts at x_t: the noise, or the velocity."""
-        if self.schedule.config.prediction_type == "v_prediction":
-            return self.schedule.get_velocity(latents, noise, timesteps)
+        if self.prediction_type == "v_prediction":
+            return self.schedule.get_velocity(latents, noise, timesteps)  # pyright: ignore
         return noise
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Return min(SNR, gamma)/SNR, or /(SNR + 1) for velocity: (B,)   (Hang et al. 2023)."""
         snr = compute_snr(self.schedule, timesteps)
-        velocity = self.schedule.config.prediction_type == "v_prediction"
+        velocity = self.prediction_type == "v_prediction"
         return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
 
     @contextmanager
-    def prior(self):
+    def prior(self) -> Iterator["Denoiser"]:
         """Inside, the network is the frozen base."""
         layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
         for layer in layers:
@@ -76,7 +84,7 @@ def noise_schedule(alphas_cumprod: Tensor, prediction_type: str) -> DDPMSchedule
     schedule = DDPMScheduler(
         num_train_timesteps=len(alphas_cumprod),
         trained_betas=(1 - ratios).tolist(),
-        prediction_type=prediction_type,
+        prediction_type=prediction_type,  # pyright: ignore
         clip_sample=False,
     )
     schedule.alphas_cumprod = alphas_cumprod.float()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -62,7 +63,7 @@ def train(method: Method, denoiser: Denoiser, data: PersonalData) -> Iterator[St
 
     for index in range(settings.steps):
         objectives = list(draw_objectives(method, denoiser, data, index))
-        rate = schedule.get_last_lr()[0]
+        rate = float(schedule.get_last_lr()[0])
         loss = float(method.update(objectives, optimizer))
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -75,7 +76,7 @@ def train(method: Method, denoiser: Denoiser, data: PersonalData) -> Iterator[St
         yield Step(index + 1, loss, rate, learned)
 
 
-def adapt(method: Method, unet: nn.Module) -> list[nn.Parameter]:
+def adapt(method: Method, unet: UNet2DConditionModel) -> list[nn.Parameter]:
     """Put the method's parameters into `unet`, seeded, in fp32; return them."""
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -84,9 +85,8 @@ def adapt(method: Method, unet: nn.Module) -> list[nn.Parameter]:
     parameters = [p for p in unet.parameters() if p.requires_grad]
     if not parameters:
         raise InputError("layers", "leaves nothing to train in this base; choose other layers.")
-    device = unet.conv_in.weight.device
     for parameter in parameters:
-        parameter.data = parameter.data.to(device, torch.float32)
+        parameter.data = parameter.data.to(unet.device, torch.float32)
     return parameters
 
 
@@ -94,9 +94,8 @@ def draw_objectives(
     method: Method, denoiser: Denoiser, data: PersonalData, step: int
 ) -> Iterator[Objective]:
     """Draw the batches of one step; each becomes a closure that evaluates its loss."""
-    device = denoiser.unet.conv_in.weight.device
     parts = method.settings.gradient_accumulation
     for part in range(parts):
         draws = Draws(method.settings.seed, step, part, parts)
-        batch = method.draw(data, denoiser, draws).to(device)
+        batch = method.draw(data, denoiser, draws).to(denoiser.device)
         yield lambda batch=batch: method.loss(denoiser, batch)

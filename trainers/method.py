@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .data import Batch, Example, PersonalData, stack_contexts
 from .denoiser import Denoiser
 from .edits import Edit
-from .settings import Settings
+from .settings import Settings as CommonSettings
 
 Objective = Callable[[], Tensor]  # evaluates the loss of one batch, scalar
 
@@ -24,10 +24,10 @@ class Method:
 
     name: ClassVar[str]  # in files and for ever
     title: ClassVar[str]  # for people
-    Settings: ClassVar[type[Settings]] = Settings
+    Settings: ClassVar[type[CommonSettings]] = CommonSettings
     starts_at_identity: ClassVar[bool] = True
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: CommonSettings):
         self.settings = settings
 
     def adapt(self, unet: nn.Module) -> None:
@@ -102,7 +102,7 @@ def assemble(
     data: PersonalData,
     examples: list[Example],
     weight: Tensor,
-    settings: Settings,
+    settings: CommonSettings,
     denoiser: Denoiser,
     draws: Draws,
 ) -> Batch:

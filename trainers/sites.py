@@ -45,4 +45,5 @@ def sites(unet: nn.Module, preset: str) -> list[str]:
 
 def narrowest(unet: nn.Module, names: list[str]) -> int:
     """Return the smallest side of the named layers' weight matrices: the highest rank they have."""
-    return min(min(w.shape[0], w[0].numel()) for w in (unet.get_submodule(n).weight for n in names))
+    weights = [unet.get_parameter(f"{name}.weight") for name in names]
+    return min(min(w.shape[0], w[0].numel()) for w in weights)

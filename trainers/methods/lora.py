@@ -7,8 +7,10 @@ Only the U-Net learns; prior images, if given, keep the class from drifting to t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..edits import Edit, LowRank
@@ -54,19 +56,20 @@ class LoRA(Method):
         s = self.settings
         targets = sites(unet, s.layers)
         check_rank(s.rank, narrowest(unet, targets))
-        config = LoraConfig(r=s.rank, lora_alpha=s.alpha or s.rank, target_modules=targets)
+        alpha: Any = s.alpha or s.rank  # peft computes with any number
+        config = LoraConfig(r=s.rank, lora_alpha=alpha, target_modules=targets)
         inject_adapter_in_model(config, unet)
 
     def learned(self, unet: nn.Module) -> dict[str, Edit]:
-        scale = self.settings.alpha or self.settings.rank
+        alpha = float(self.settings.alpha or self.settings.rank)
         return {
             name: LowRank(
-                layer.lora_A["default"].weight.detach().clone(),
-                layer.lora_B["default"].weight.detach().clone(),
-                alpha=float(scale),
+                unet.get_parameter(f"{name}.lora_A.default.weight").detach().clone(),
+                unet.get_parameter(f"{name}.lora_B.default.weight").detach().clone(),
+                alpha,
             )
             for name, layer in unet.named_modules()
-            if hasattr(layer, "lora_A")
+            if isinstance(layer, LoraLayer)
         }
 
 

@@ -71,18 +71,19 @@ class PaRa(Method):
         s = self.settings
         targets = sites(unet, s.layers)
         check_rank(s.rank, narrowest(unet, targets))
-        convolutions = [n for n in targets if isinstance(unet.get_submodule(n), nn.Conv2d)]
-        linears = [n for n in targets if n not in set(convolutions)]
+        layers = {name: unet.get_submodule(name) for name in targets}
+        linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
         if linears:
             config = DeftConfig(
                 r=s.rank, para=True, decomposition_method="qr", target_modules=linears
             )
             inject_adapter_in_model(config, unet)
-        for name in convolutions:
-            unet.set_submodule(name, ReducedConv2d(unet.get_submodule(name), s.rank))
+        for name, layer in layers.items():
+            if isinstance(layer, nn.Conv2d):
+                unet.set_submodule(name, ReducedConv2d(layer, s.rank))
         if s.init == "bottom":
             for layer in reduced_layers(unet).values():
-                basis = bottom_directions(layer.get_base_layer().weight, s.rank)
+                basis = bottom_directions(layer.get_base_layer().get_parameter("weight"), s.rank)
                 layer.deft_P["default"].data.copy_(basis)
 
     def learned(self, unet: nn.Module) -> dict[str, Edit]:
