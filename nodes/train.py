@@ -4,7 +4,9 @@ import dataclasses
 import inspect
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import comfy.model_management
@@ -21,7 +23,7 @@ from ..trainers.errors import InputError
 from ..trainers.loop import Step, train
 from ..trainers.method import Method
 from ..trainers.run import LAST, Run, check_name
-from .bridge import choose_precision, denoiser_of, family, fingerprint
+from .bridge import choose_precision, denoiser_of, fingerprint
 from .load import personalize, runs_root
 from .wires import CATEGORY, PersonalDataWire, PersonalizedWire, at
 
@@ -98,6 +100,7 @@ class Session:
     name: str
     node_id: str
     losses: list[float] = dataclasses.field(default_factory=list)
+    started: float = dataclasses.field(default_factory=time.monotonic)
     run: Run | None = None
 
     def train(self) -> Personalization:
@@ -105,15 +108,15 @@ class Session:
 
         However it ends, what was learned so far is on disk and the memory is free.
         """
-        family(self.model)
         comfy.model_management.unload_all_models()
         device = comfy.model_management.get_torch_device()
         precision = choose_precision(self.method.settings.precision, device)
+        denoiser = denoiser_of(self.model, precision)
         try:
-            denoiser = denoiser_of(self.model, precision).to(device)
-            return self._train(denoiser, in_network_scale(self.data, self.model, denoiser))
+            data = in_network_scale(self.data, self.model, denoiser)
+            return self._train(denoiser.to(device), data)
         finally:
-            denoiser = None
+            denoiser.to("meta")  # a traceback may hold the network, but not its memory
             comfy.model_management.soft_empty_cache()
 
     def _train(self, denoiser: Denoiser, data: PersonalData) -> Personalization:
@@ -128,45 +131,50 @@ class Session:
             data=self.data.fingerprint(),
         )
         progress = comfy.utils.ProgressBar(settings.steps, node_id=self.node_id)
-        started, step, learned = time.monotonic(), None, None
-        try:
-            for step in train(self.method, denoiser, data):
-                self._note(step, header, time.monotonic() - started)
-                progress.update_absolute(step.index, settings.steps)
-                comfy.model_management.throw_exception_if_processing_interrupted()
-        finally:
-            if step is not None and self.run is not None:
+        with closing(train(self.method, denoiser, data)) as steps:
+            first = step = next(steps)  # a run that can not start leaves no folder
+            self.run = Run.create(runs_root(), self.name, header)
+            try:
+                for step in chain([first], steps):
+                    self._record(step, header)
+                    progress.update_absolute(step.index, settings.steps)
+                    comfy.model_management.throw_exception_if_processing_interrupted()
+            finally:
                 learned = Personalization.of(header, step.learned(), step.index)
                 self.run.save(learned, LAST)
-        assert learned is not None
         return learned
 
-    def _note(self, step: Step, header: Header, seconds: float) -> None:
-        settings = self.method.settings
-        if self.run is None:  # only now: a run that can not start leaves no folder
-            self.run = Run.create(runs_root(), self.name, header)
+    def _record(self, step: Step, header: Header) -> None:
+        """Put a step into the history, on the screen and, when its turn has come, on disk."""
+        assert self.run is not None
         self.losses.append(step.loss)
         self.run.log(step=step.index, loss=step.loss, learning_rate=step.learning_rate)
-        if settings.save_every and step.index % settings.save_every == 0:
+        every = self.method.settings.save_every
+        if every and step.index % every == 0:
             kept = Personalization.of(header, step.learned(), step.index)
             self.run.save(kept, f"step {step.index}")
-        rate = step.index / max(seconds, 1e-9)
-        left = (settings.steps - step.index) / rate
-        recent = self.losses[-50:]
-        text = (
-            f"step {step.index} of {settings.steps}, loss {sum(recent) / len(recent):.4f} "
-            f"(mean of {len(recent)}), {rate:.2f} steps/s, {left:.0f} s left"
+        PromptServer.instance.send_progress_text(self._progress_text(step.index), self.node_id)
+
+    def _progress_text(self, step: int) -> str:
+        total = self.method.settings.steps
+        rate = step / (time.monotonic() - self.started)
+        return (
+            f"step {step} of {total}, loss {self.recent_loss():.4f}, "
+            f"{rate:.2f} steps/s, {(total - step) / rate:.0f} s left"
         )
-        PromptServer.instance.send_progress_text(text, self.node_id)
+
+    def recent_loss(self) -> float:
+        """Return the mean loss of the last 50 steps."""
+        recent = self.losses[-50:]
+        return sum(recent) / len(recent)
 
     def summary(self, learned: Personalization) -> str:
         """Say what came out, for the node's face."""
         assert self.run is not None
-        recent = self.losses[-50:]
         return (
-            f"{self.method.title}: {learned.header.step} steps, loss "
-            f"{sum(recent) / len(recent):.4f} (mean of the last {len(recent)}), "
-            f"{learned.parameters:,} learned numbers, saved as run '{self.run.name}'"
+            f"{self.method.title}: {learned.header.step} steps, loss {self.recent_loss():.4f} "
+            f"(mean of the last 50), {learned.parameters:,} learned numbers, "
+            f"saved as run '{self.run.name}'"
         )
 
 
@@ -207,6 +215,8 @@ def widget(spec: dataclasses.Field) -> Any:
     common = {"tooltip": help_text, "default": spec.default, "advanced": options.pop("advanced")}
     if choices is not None:
         return io.Combo.Input(spec.name, options=list(choices), **common)
+    if spec.name == "seed":  # else the page draws a new one, and trains anew, at every queueing
+        options["control_after_generate"] = False
     if isinstance(spec.default, float):
         options["round"] = False
     return WIDGETS[type(spec.default)].Input(spec.name, **common, **options)
