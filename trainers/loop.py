@@ -1,7 +1,7 @@
 """The only training loop. A generator: the caller owns progress, cancellation and checkpoints."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ class Step:
 
 @torch.inference_mode(False)
 @torch.enable_grad()  # as decorators: unlike with-blocks they are undone at every yield
-def train(method: Method, denoiser: Denoiser, data: PersonalData) -> Iterator[Step]:
+def train(method: Method, denoiser: Denoiser, data: PersonalData) -> Generator[Step, None, None]:
     """Adapt `denoiser.unet` and train it on `data`, yielding after every optimiser step.
 
     data: its latents are in the network's scale. Close the generator to stop early.
