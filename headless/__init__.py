@@ -4,7 +4,7 @@ Not part of the pack at run time: `nodes/` and `trainers/` never import it.
 """
 
 from .client import Comfy, Progress, PromptFailed, Result
-from .overrides import OverrideError, apply_overrides
+from .overrides import OverrideError, apply_overrides, fill_defaults
 from .server import ComfyServer, ServerError, find_comfyui
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "Result",
     "ServerError",
     "apply_overrides",
+    "fill_defaults",
     "find_comfyui",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from .bar import ProgressBar
 from .client import Comfy, PromptFailed, Result
-from .overrides import OverrideError, apply_overrides
+from .overrides import OverrideError, apply_overrides, fill_defaults
 from .server import ComfyServer, ServerError
 
 
@@ -62,7 +62,8 @@ def queue(options: argparse.Namespace) -> int:
     with serving(options) as server, Comfy(server.url if server else options.server) as comfy:
         for path in options.inputs:
             upload(comfy, path)
-        prompt = apply_overrides(prompt, options.overrides, comfy.object_info())
+        known = comfy.object_info()
+        prompt = fill_defaults(apply_overrides(prompt, options.overrides, known), known)
         with ProgressBar() as bar:
             result = comfy.run(prompt, bar)
         saved = save(comfy, result, options.output)

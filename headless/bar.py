@@ -16,7 +16,8 @@ class ProgressBar:
         self._moves = stream.isatty()
         self._start = time.monotonic()
         self._shown = ""
-        self._step: tuple[str, int] | None = None
+        self._printed = -1  # twentieths of the whole
+        self._next = 0.0
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -29,9 +30,9 @@ class ProgressBar:
     def __call__(self, progress: Progress) -> None:
         if self._moves:
             return self._draw(progress)
-        tenth = int(10 * progress.value / progress.maximum) if progress.maximum else 0
-        if (progress.node, tenth) != self._step:  # a line per node and per tenth of its work
-            self._step = (progress.node, tenth)
+        now, twentieth = time.monotonic(), int(20 * progress.fraction)
+        if twentieth != self._printed or now > self._next:  # each 5 %, and at least every 10 s
+            self._printed, self._next = twentieth, now + 10
             print(self._text(progress), file=self._stream, flush=True)
 
     def _draw(self, progress: Progress) -> None:

@@ -23,20 +23,13 @@ Prompt = dict[str, dict[str, Any]]  # API format: node id -> {"class_type", "inp
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a prompt is: `done` of `total` nodes behind it, `value` of `maximum` in `node`."""
+    """Where a prompt is: at `value` of `maximum` in `node`; `fraction` of all, in [0, 1]."""
 
     node: str
     title: str
     value: float
     maximum: float
-    done: int
-    total: int
-
-    @property
-    def fraction(self) -> float:
-        """The share of the nodes that is done, in [0, 1]."""
-        within = self.value / self.maximum if self.maximum else 0.0
-        return min(1.0, (self.done + within) / max(1, self.total))
+    fraction: float
 
 
 @dataclass(frozen=True)
@@ -247,11 +240,15 @@ class Comfy:
 
 
 class Watch:
-    """Turn the server's messages about one prompt into Progress."""
+    """Turn the server's messages about one prompt into Progress.
+
+    A node that says how many steps it takes counts as that many nodes that do not.
+    """
 
     def __init__(self, prompt_id: str, prompt: Prompt):
         self._prompt_id = prompt_id
         self._titles = {id: _title(node) for id, node in prompt.items()}
+        self._weights = {id: _steps(node) for id, node in prompt.items()}
         self._done: set[str] = set()
 
     def read(self, message: dict[str, Any]) -> Progress | None:
@@ -269,15 +266,20 @@ class Watch:
         return self._at(running[-1], states[running[-1]]) if running else None
 
     def _at(self, id: str, state: dict[str, Any]) -> Progress:
-        total = len(self._titles.keys() | self._done | {id})
-        return Progress(
-            node=id,
-            title=self._titles.get(state.get("display_node_id", id), id),
-            value=state["value"],
-            maximum=state["max"],
-            done=len(self._done),
-            total=total,
-        )
+        value, maximum = state["value"], state["max"]
+        within = value / maximum if maximum else 0.0
+        done = sum(self._weight(one) for one in self._done) + within * self._weight(id)
+        total = sum(self._weight(one) for one in self._titles.keys() | self._done | {id})
+        title = self._titles.get(state.get("display_node_id", id), id)
+        return Progress(id, title, value, maximum, min(1.0, done / total))
+
+    def _weight(self, id: str) -> float:
+        return self._weights.get(id, 1)
+
+
+def _steps(node: dict[str, Any]) -> float:
+    steps = node.get("inputs", {}).get("steps")
+    return max(1, steps) if isinstance(steps, int) else 1
 
 
 def _title(node: dict[str, Any]) -> str:

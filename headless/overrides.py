@@ -31,6 +31,30 @@ def apply_overrides(
     return prompt
 
 
+def fill_defaults(
+    prompt: dict[str, dict[str, Any]], object_info: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return a copy of `prompt` in which absent required inputs have their declared defaults.
+
+    ComfyUI's page does the same, so a saved workflow outlives the settings added after it.
+    """
+    prompt = copy.deepcopy(prompt)
+    for node in prompt.values():
+        required = object_info.get(node["class_type"], {}).get("input", {}).get("required", {})
+        node["inputs"] = {name: _default(spec) for name, spec in required.items()} | node["inputs"]
+        node["inputs"] = {k: v for k, v in node["inputs"].items() if v is not None}
+    return prompt
+
+
+def _default(spec: list[Any]) -> Any:
+    """Return the default of an input; None for wires, and for nested ones (their keys differ)."""
+    kind, choices = _kind(spec)
+    options = spec[1] if len(spec) > 1 else {}
+    if choices and not isinstance(choices[0], dict):
+        return options.get("default", choices[0])
+    return options.get("default") if kind in ("INT", "FLOAT", "STRING", "BOOLEAN") else None
+
+
 def names(id: str, node: dict[str, Any]) -> set[str]:
     """Return what a node may be called by."""
     title = node.get("_meta", {}).get("title")

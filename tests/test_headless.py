@@ -10,8 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from headless import ComfyServer, OverrideError, PromptFailed, ServerError, apply_overrides
+from headless import (
+    ComfyServer,
+    OverrideError,
+    PromptFailed,
+    ServerError,
+    apply_overrides,
+    fill_defaults,
+)
 from headless.__main__ import main
+from headless.client import Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -83,6 +91,19 @@ def test_text_stays_text_where_text_is_expected():
     assert changed["2"]["inputs"]["filename_prefix"] == "123"
 
 
+def test_absent_inputs_get_their_defaults():
+    declared = {
+        "number": ["INT", {"default": 3}],
+        "old_choice": [["a", "b"], {}],
+        "choice": ["COMBO", {"options": ["c", "d"], "default": "d"}],
+        "nested": ["COMFY_DYNAMICCOMBO_V3", {"options": [{"key": "x", "inputs": {}}]}],
+        "wire": ["IMAGE", {}],
+    }
+    given = {"1": {"class_type": "X", "inputs": {"number": 5}}}
+    filled = fill_defaults(given, {"X": {"input": {"required": declared}}})
+    assert filled["1"]["inputs"] == {"number": 5, "old_choice": "a", "choice": "d"}
+
+
 # The client
 
 
@@ -98,7 +119,15 @@ def test_progress_never_goes_back_and_ends_at_the_last_node(comfy):
     comfy.run(prompt(width=48, batch=1), seen.append)
     fractions = [progress.fraction for progress in seen]
     assert fractions == sorted(fractions) and fractions[0] >= 0 and fractions[-1] <= 1
-    assert seen[-1].title == "SaveImage" and seen[-1].total == 2
+    assert seen[-1].title == "SaveImage" and seen[-1].fraction >= 0.5
+
+
+def test_a_node_of_many_steps_weighs_as_many_nodes():
+    nodes = {"a": {"class_type": "A", "inputs": {"steps": 9}}, "b": {"class_type": "B"}}
+    state = {"state": "running", "value": 5, "max": 10}
+    message = {"type": "progress_state", "data": {"prompt_id": "p", "nodes": {"a": state}}}
+    progress = Watch("p", nodes).read(message)
+    assert progress.title == "A" and progress.fraction == pytest.approx(4.5 / 10)
 
 
 def test_a_refused_prompt_says_which_input_is_wrong(comfy):

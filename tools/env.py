@@ -40,9 +40,13 @@ def say(text):
 
 def run(*command):
     """Run a command with its output on stderr; end with its name when it fails."""
-    done = subprocess.run([str(part) for part in command], stdout=sys.stderr, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [str(part) for part in command], stdout=sys.stderr, stdin=subprocess.DEVNULL
+    )
     if done.returncode:
-        raise SystemExit(f"env: this failed (exit {done.returncode}): {' '.join(map(str, command))}")
+        raise SystemExit(
+            f"env: this failed (exit {done.returncode}): {' '.join(map(str, command))}"
+        )
 
 
 def pip(python, *arguments):
@@ -68,7 +72,9 @@ def given_comfyui():
     if not os.environ.get("COMFYUI_PATH"):
         return None
     path = Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
-    missing = [name for name in ("main.py", "comfy", "requirements.txt") if not (path / name).exists()]
+    missing = [
+        name for name in ("main.py", "comfy", "requirements.txt") if not (path / name).exists()
+    ]
     if missing:
         raise SystemExit(f"env: COMFYUI_PATH={path} has no {', '.join(missing)}: not a ComfyUI")
     return path
@@ -137,7 +143,10 @@ def ensure_browser():
         return say("env: no Chromium found: the browser tests of `make test` need one")
     say("env: installing Chromium through apt-get, for the browser tests")
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for step in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "chromium"]):
+    for step in (
+        ["update", "-qq"],
+        ["install", "-y", "-qq", "--no-install-recommends", "chromium"],
+    ):
         done = subprocess.run(["apt-get", *step], env=quiet, capture_output=True, text=True)
         if done.returncode:
             return say(f"env: apt-get {step[0]} failed; no browser tests:\n{done.stderr.strip()}")
