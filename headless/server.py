@@ -166,8 +166,9 @@ class ComfyServer:
             if time.monotonic() > deadline:
                 raise ServerError(f"No answer in {self._timeout:.0f} s:\n{tail(self.log)}")
             time.sleep(0.1)
-        if BROKEN_PACK.search(self.log):
-            raise ServerError(f"ComfyUI could not load the pack:\n{complaint(self.log)}")
+        broken = complaint(self.log, str(self.base / "custom_nodes"))
+        if broken:
+            raise ServerError(f"ComfyUI could not load the pack:\n{broken}")
 
     def _answers(self) -> bool:
         try:
@@ -208,12 +209,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def complaint(log: str) -> str:
-    """Return the lines about packs that did not load, from the first traceback on."""
+def complaint(log: str, folder: str) -> str:
+    """Return what the log says about packs in `folder` that did not load, tracebacks included."""
     lines = log.splitlines()
-    bad = [index for index, line in enumerate(lines) if BROKEN_PACK.search(line)]
-    traces = [index for index in range(bad[0]) if "Traceback" in lines[index]]
-    return "\n".join(lines[traces[0] if traces else bad[0] : bad[-1] + 1])
+    bad = [i for i, line in enumerate(lines) if BROKEN_PACK.search(line) and folder in line]
+    if not bad:
+        return ""
+    traces = [i for i in range(bad[0]) if "Traceback" in lines[i]]
+    return "\n".join(lines[traces[-1] if traces else bad[0] : bad[-1] + 1])
 
 
 def tail(log: str, lines: int = 40) -> str:
