@@ -5,10 +5,10 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -50,8 +50,14 @@ class Personalization:
         return cls(replace(header, step=step), to_tensors(edits))
 
     def edits(self, sites: list[str]) -> tuple[dict[str, Edit], list[str]]:
-        """Read the edits for a network with `sites`: ({site: edit}, keys without a site)."""
-        return from_tensors(self.tensors, sites)
+        """Read the edits for a network with `sites`: ({site: edit}, keys without a site).
+
+        Raises InputError when tensors do not belong together.
+        """
+        try:
+            return from_tensors(self.tensors, sites)
+        except ValueError as error:
+            raise InputError("checkpoint", f"is damaged ({error}); choose another.") from error
 
     @property
     def parameters(self) -> int:
@@ -77,10 +83,16 @@ class Personalization:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
+            # OSError's own text would show the folder
+            reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(
-                input_name, f"names {path.name}, which is damaged ({error}); choose another."
+                input_name, f"names {path.name}, which is damaged ({reason}); choose another."
             ) from error
-        return cls(_read_header(metadata, path.name, input_name), tensors)
+        header = _read_header(metadata, path.name, input_name)
+        if not tensors or not all(tensor.float().isfinite().all() for tensor in tensors.values()):
+            reason = "numbers that are not finite" if tensors else "no tensors"
+            raise InputError(input_name, f"names {path.name}, which has {reason}; choose another.")
+        return cls(header, tensors)
 
 
 def _read_header(metadata: dict[str, str], file: str, input_name: str) -> Header:
@@ -90,16 +102,30 @@ def _read_header(metadata: dict[str, str], file: str, input_name: str) -> Header
             f"names {file}, which was not made by this pack; load LoRA files with 'Load LoRA'.",
         )
     try:
-        fields = json.loads(metadata[HEADER])
-        if fields["format"] > FORMAT:
+        values = json.loads(metadata[HEADER])
+        if values["format"] > FORMAT:
             raise InputError(
                 input_name,
-                f"names {file} of format {fields['format']}; this version reads up to {FORMAT}. "
+                f"names {file} of format {values['format']}; this version reads up to {FORMAT}. "
                 "Update Personalize.",
             )
-        return Header(**fields)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        return _checked(Header(**values))
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(input_name, f"names {file}, whose header is damaged ({error}).") from error
+
+
+def _checked(header: Header) -> Header:
+    """Raise TypeError or ValueError unless every field is of the kind that it declares."""
+    for field in fields(Header):
+        kind = get_origin(field.type) or field.type
+        value = getattr(header, field.name)
+        if type(value) is not kind:
+            raise TypeError(f"{field.name} is {type(value).__name__}, not {kind.__name__}")
+    if header.step < 0 or header.format < 1:
+        raise ValueError(f"step {header.step}, format {header.format}")
+    return header
 
 
 def modelspec(header: Header) -> dict[str, str]:

@@ -57,7 +57,7 @@ class LowRank:
 
     @classmethod
     def from_tensors(cls, down: Tensor, up: Tensor, alpha: Tensor) -> "LowRank":
-        if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0]:
+        if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
             raise ValueError(f"up {tuple(up.shape)} and down {tuple(down.shape)} do not multiply")
         return cls(down, up, float(alpha))
 
@@ -97,6 +97,8 @@ class RankReduction:
     def from_tensors(cls, basis: Tensor) -> "RankReduction":
         if basis.ndim != 2:
             raise ValueError(f"basis {tuple(basis.shape)} is not a matrix")
+        if not basis.shape[1] or not (basis.float().norm(dim=0) > 0).all():  # also catches NaN
+            raise ValueError(f"basis {tuple(basis.shape)} has columns without a direction")
         return cls(basis)
 
     def fits(self, shape: torch.Size) -> bool:

@@ -11,6 +11,7 @@ from .errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,79}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
+CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
 LAST = "last"
 
 
@@ -29,7 +30,7 @@ class Run:
         root.mkdir(parents=True, exist_ok=True)
         number = 1
         while True:
-            folder = root / (name if number == 1 else f"{name} {number}")
+            folder = root / (name if number == 1 else numbered(name, number))
             try:
                 folder.mkdir()
                 break
@@ -43,12 +44,10 @@ class Run:
     @classmethod
     def open(cls, root: Path, name: str) -> "Run":
         """Find a run by name. Raises InputError when there is none, or the name leaves `root`."""
-        folder = root / name
-        inside = os.path.realpath(folder).startswith(os.path.realpath(root) + os.sep)
-        if not NAME.fullmatch(name) or not inside or not folder.is_dir():
+        if not NAME.fullmatch(name) or not inside(root, root / name) or not (root / name).is_dir():
             there = ", ".join(list_runs(root)[:10]) or "none yet: train one first"
             raise InputError("run", f"is '{name}', but no such run exists. There are: {there}.")
-        return cls(folder)
+        return cls(root / name)
 
     @property
     def name(self) -> str:
@@ -57,10 +56,8 @@ class Run:
 
     def checkpoints(self) -> list[str]:
         """List what can be loaded: "last" first, then "step N", newest first."""
-        steps = sorted(
-            (int(p.stem.split("-")[1]) for p in self.folder.glob("checkpoint-*.safetensors")),
-            reverse=True,
-        )
+        names = (CHECKPOINT.fullmatch(p.stem) for p in self.folder.glob("*.safetensors"))
+        steps = sorted((int(name[1]) for name in names if name), reverse=True)
         last = [LAST] if self.path(LAST).is_file() else []
         return last + [f"step {step}" for step in steps]
 
@@ -101,10 +98,21 @@ def check_name(name: str) -> None:
         )
 
 
+def numbered(name: str, number: int) -> str:
+    """Put a number behind a name, which is cut where the whole would be too long."""
+    suffix = f" {number}"
+    return name[: 80 - len(suffix)].rstrip(" .") + suffix
+
+
+def inside(root: Path, folder: Path) -> bool:
+    """Tell whether a folder is below `root`, links followed."""
+    return os.path.realpath(folder).startswith(os.path.realpath(root) + os.sep)
+
+
 def list_runs(root: Path) -> list[str]:
     """List the runs below `root` that have a checkpoint, newest first."""
     if not root.is_dir():
         return []
-    folders = [f for f in root.iterdir() if f.is_dir() and (f / "run.json").is_file()]
+    folders = [f for f in root.iterdir() if (f / "run.json").is_file() and inside(root, f)]
     folders.sort(key=lambda f: f.stat().st_mtime, reverse=True)
     return [f.name for f in folders if Run(f).checkpoints()]
