@@ -1,0 +1,176 @@
+"""Runs on disk: names that stay inside, nothing overwritten, lists that survive strangers."""
+
+import json
+import os
+
+import pytest
+
+from personalize.trainers.artifact import Personalization
+from personalize.trainers.errors import InputError
+from personalize.trainers.run import Run, check_name, list_runs
+from tests.test_artifact import EDITS, HEADER_OF_A_RUN
+
+
+def learned(step: int = 7) -> Personalization:
+    return Personalization.of(HEADER_OF_A_RUN, EDITS, step)
+
+
+def saved(root, name: str = "zib", steps: tuple[int, ...] = ()) -> Run:
+    """Make a run with a last checkpoint and some on the way."""
+    run = Run.create(root, name, HEADER_OF_A_RUN)
+    run.save(learned(), "last")
+    for step in steps:
+        run.save(learned(step), f"step {step}")
+    return run
+
+
+BAD_NAMES = {
+    "traversal": "../zib",
+    "traversal inside": "a/../../zib",
+    "dots": "..",
+    "dot": ".",
+    "hidden": ".zib",
+    "empty": "",
+    "space": " ",
+    "absolute": "/tmp/zib",
+    "subfolder": "a/b",
+    "backslash": "a\\b",
+    "drive": "C:zib",
+    "drive with root": "C:\\zib",
+    "unc": "\\\\server\\share",
+    "stream": "zib:hidden",
+    "reserved": "con",
+    "reserved, any case": "NuL",
+    "reserved with a suffix": "com1.safetensors",
+    "reserved printer": "LPT9",
+    "too long": "a" * 81,
+    "trailing dot": "zib.",
+    "trailing space": "zib ",
+    "leading dash": "-zib",
+    "newline": "zib\n",
+    "null": "zib\0",
+    "control": "zib\x1b[31m",
+    "accents": "zïb",
+    "other scripts": "项目",
+    "digits of another script": "zib\u0661",
+    "right-to-left mark": "zib\u202efdp",
+    "wildcard": "zib*",
+    "variable": "$HOME",
+    "home": "~",
+    "percent": "%TEMP%",
+}
+
+
+@pytest.mark.parametrize("name", BAD_NAMES.values(), ids=BAD_NAMES.keys())
+def test_a_name_that_is_not_safe_everywhere_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="'name' is") as error:
+        Run.create(tmp_path / "runs", name, HEADER_OF_A_RUN)
+    assert error.value.input_name == "name"
+    assert os.listdir(tmp_path) == []
+    saved(tmp_path / "runs")
+    with pytest.raises(InputError, match=r"(?s)'run' is .* There are: zib"):
+        Run.open(tmp_path / "runs", name)
+
+
+@pytest.mark.parametrize(
+    "name", ["zib", "My subject 2", "v1.2_final-b", "0", "a" * 80, "console", "COM", "com10"]
+)
+def test_ordinary_names_are_taken(tmp_path, name):
+    run = saved(tmp_path, name)
+    assert run.name == name and Run.open(tmp_path, name) == run
+
+
+def test_a_name_that_is_taken_gets_a_number_and_nothing_is_overwritten(tmp_path):
+    first = saved(tmp_path)
+    before = {p.name: p.read_bytes() for p in first.folder.iterdir()}
+    assert [saved(tmp_path).name for _ in range(3)] == ["zib 2", "zib 3", "zib 4"]
+    assert {p.name: p.read_bytes() for p in first.folder.iterdir()} == before
+
+
+def test_a_file_in_the_way_is_not_overwritten_either(tmp_path):
+    (tmp_path / "zib").write_text("mine")
+    assert saved(tmp_path).name == "zib 2"
+    assert (tmp_path / "zib").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["a" * 80, "a" * 79 + "b"])
+def test_a_numbered_name_can_be_opened_however_long_it_was(tmp_path, name):
+    saved(tmp_path, name)
+    again = saved(tmp_path, name)
+    check_name(again.name)
+    assert Run.open(tmp_path, again.name) == again
+
+
+def test_a_run_keeps_its_facts_and_its_history(tmp_path):
+    run = saved(tmp_path)
+    run.log(step=1, loss=0.5)
+    run.log(step=2, loss=0.25)
+    assert json.loads((run.folder / "run.json").read_text())["method"] == "lora"
+    lines = (run.folder / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 0.25},
+    ]
+
+
+def test_runs_are_listed_newest_first_and_only_with_a_checkpoint(tmp_path):
+    assert list_runs(tmp_path / "not there") == []
+    for age, name in ((30, "old"), (10, "new"), (20, "middle")):
+        os.utime(saved(tmp_path, name).folder, (1_000_000 - age,) * 2)
+    Run.create(tmp_path, "empty", HEADER_OF_A_RUN)
+    (tmp_path / "not a run").mkdir()
+    (tmp_path / "file.txt").write_text("")
+    assert list_runs(tmp_path) == ["new", "middle", "old"]
+
+
+def test_checkpoints_are_listed_last_first_then_by_step(tmp_path):
+    run = saved(tmp_path, steps=(100, 20, 1_234_567))
+    assert run.checkpoints() == ["last", "step 1234567", "step 100", "step 20"]
+    assert (run.folder / "checkpoint-000020.safetensors").is_file()
+    assert [run.load(name).header.step for name in run.checkpoints()] == [7, 1234567, 100, 20]
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        "checkpoint-final.safetensors",
+        "checkpoint-000020 (copy).safetensors",
+        "checkpoint-.safetensors",
+    ],
+)
+def test_a_strange_file_does_not_break_the_list(tmp_path, stranger):
+    run = saved(tmp_path, steps=(20,))
+    (run.folder / stranger).write_bytes(b"")
+    assert run.checkpoints() == ["last", "step 20"] and list_runs(tmp_path) == ["zib"]
+
+
+@pytest.mark.parametrize("checkpoint", ["step 21", "step", "step x", "best", "", "../zib/last"])
+def test_a_checkpoint_that_is_not_there_names_those_that_are(tmp_path, checkpoint):
+    run = saved(tmp_path, steps=(20,))
+    with pytest.raises(InputError, match=r"'checkpoint' is .* run 'zib' has: last, step 20"):
+        run.load(checkpoint)
+
+
+def test_a_run_that_does_not_exist_names_those_that_do(tmp_path):
+    with pytest.raises(InputError, match="train one first"):
+        Run.open(tmp_path, "zob")
+    saved(tmp_path)
+    with pytest.raises(InputError, match=r"'run' is 'zob', .*There are: zib"):
+        Run.open(tmp_path, "zob")
+
+
+def test_a_link_out_of_the_folder_is_neither_opened_nor_listed(tmp_path):
+    root, outside = tmp_path / "runs", tmp_path / "outside"
+    saved(root)
+    saved(outside, "secret")
+    (root / "link").symlink_to(outside / "secret", target_is_directory=True)
+    with pytest.raises(InputError, match="no such run"):
+        Run.open(root, "link")
+    assert list_runs(root) == ["zib"]
+
+
+def test_saving_again_replaces_the_checkpoint_whole(tmp_path):
+    run = saved(tmp_path)
+    run.save(learned(8), "last")
+    assert run.load("last").header.step == 8
+    assert not [p for p in run.folder.iterdir() if p.name.endswith(".tmp")]
