@@ -8,38 +8,30 @@ say by their titles what they hold: "Training pictures", "Held-out pictures", "B
 
 import argparse
 import json
-import math
 import shutil
 import sys
-import textwrap
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from headless import Comfy, ComfyServer, OverrideError, PromptFailed, ServerError, fill_defaults
 from headless.bar import ProgressBar
 from headless.client import Prompt, Result
 
-from .judges import AttributeReader, SubjectJudge
+from .report import BASE, PERSONALIZED, ROLES, TRAINING, Picture, grid, judged, plot_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
 OUTPUT = ROOT / "demo" / "output"
-TRAINING, HELD_OUT, BASE, PERSONALIZED = "training", "held-out", "base", "personalized"
-ROLES = (TRAINING, HELD_OUT, BASE, PERSONALIZED)  # the first words of Save Image titles
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture the workflow saved, with the prompt it was made from ("" for a drawn one)."""
-
-    image: Image.Image
-    prompt: str
+# {} is the subject's name; the last two ask whether what the base knew is still there.
+PROMPTS = (
+    "a {} totem in a meadow",
+    "a {} totem at night",
+    "a {} totem on a pink background",
+    "a {} totem on a white background",
+    "a small striped red star on a green background",
+    "a big plain blue circle on a white background",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,14 +103,53 @@ def adjusted(prompt: Prompt, options: argparse.Namespace, known: dict[str, Any])
     if options.method:
         train["class_type"] = training_node(options.method, known)
         train["inputs"] = general(train["inputs"])
-        train.pop("_meta", None)
+        train["_meta"] = {"title": known[train["class_type"]]["display_name"]}
     if options.steps is not None:
         train["inputs"]["steps"] = options.steps
     if options.subject is not None:
         for node in prompt.values():
             if node["class_type"] == "PersonalizeDemoSubject":
                 node["inputs"]["subject"] = options.subject
+    prompt = for_prompts(prompt, [text.format(subject_name(prompt)) for text in PROMPTS])
     return fill_defaults(prompt, known)
+
+
+def for_prompts(prompt: Prompt, texts: list[str]) -> Prompt:
+    """Return the workflow with everything that follows from its prompt once for each text."""
+    original = behind(prompt, next(id for id in prompt if role_of(prompt[id]) == BASE))
+    branch = downstream(prompt, original)
+    result = {id: node for id, node in prompt.items() if id not in branch}
+    for number, text in enumerate(texts, 1):
+        for id in branch:
+            copy = json.loads(json.dumps(prompt[id]))
+            for name, value in copy["inputs"].items():
+                if isinstance(value, list) and value[0] in branch:
+                    copy["inputs"][name] = [f"{value[0]}.{number}", value[1]]
+            result[f"{id}.{number}"] = copy
+        result[f"{original}.{number}"]["inputs"]["text"] = text
+    return result
+
+
+def downstream(prompt: Prompt, start: str) -> list[str]:
+    """Return the ids of `start` and of all nodes that use what it makes, in workflow order."""
+    found: set[str] = set()
+    fresh = {start}
+    while fresh:
+        found |= fresh
+        fresh = {id for id, node in prompt.items() if sources(node) & fresh} - found
+    return [id for id in prompt if id in found]
+
+
+def sources(node: dict[str, Any]) -> set[str]:
+    """Return the ids of the nodes a node takes its inputs from."""
+    return {value[0] for value in node["inputs"].values() if isinstance(value, list)}
+
+
+def role_of(node: dict[str, Any]) -> str | None:
+    """Return what a Save Image node holds, by its title."""
+    title = node.get("_meta", {}).get("title", "").lower()
+    saves = node["class_type"] == "SaveImage"
+    return next((role for role in ROLES if saves and title.startswith(role)), None)
 
 
 def training_node(method: str, known: dict[str, Any]) -> str:
@@ -160,10 +191,9 @@ def collect(comfy: Comfy, prompt: Prompt, result: Result) -> dict[str, list[Pict
     """Return the saved pictures by role, in the workflow's order."""
     pictures: dict[str, list[Picture]] = {role: [] for role in ROLES}
     for id, node in prompt.items():
-        title = node.get("_meta", {}).get("title", "").lower()
-        role = next((role for role in ROLES if title.startswith(role)), None)
+        role = role_of(node)
         if role is not None:
-            text = prompt_behind(prompt, id)
+            text = prompt[behind(prompt, id)]["inputs"].get("text", "")
             images = (comfy.image(file).convert("RGB") for file in result.files(id))
             pictures[role] += [Picture(image, text) for image in images]
     missing = [role for role in (TRAINING, BASE, PERSONALIZED) if not pictures[role]]
@@ -172,13 +202,12 @@ def collect(comfy: Comfy, prompt: Prompt, result: Result) -> dict[str, list[Pict
     return pictures
 
 
-def prompt_behind(prompt: Prompt, id: str) -> str:
-    """Follow images -> samples -> positive -> text from a Save Image node; "" without a sampler."""
-    for name in ("images", "samples", "positive", "text"):
-        value = prompt[id]["inputs"].get(name, "")
-        if isinstance(value, list):
-            id = value[0]
-    return value if isinstance(value, str) else ""
+def behind(prompt: Prompt, id: str) -> str:
+    """Follow images -> samples -> positive from a Save Image node to where the picture began."""
+    for name in ("images", "samples", "positive"):
+        link = prompt[id]["inputs"].get(name)
+        id = link[0] if isinstance(link, list) else id
+    return id
 
 
 def newest_run(root: Path) -> Path:
@@ -187,91 +216,6 @@ def newest_run(root: Path) -> Path:
     if not runs:
         raise FileNotFoundError(f"The workflow left no run in {root}")
     return runs[-1].parent
-
-
-# What came out
-
-
-def judged(pictures: dict[str, list[Picture]], name: str) -> dict[str, Any]:
-    """Score base and personalised pictures: the subject's likeness, and how prompts are followed.
-
-    Likeness counts only pictures whose prompt names the subject; that of other real pictures of
-    it is given too, as what could be reached.
-    """
-    judge, reader = SubjectJudge.load(), AttributeReader.load()
-    references = tensor(pictures[HELD_OUT] or pictures[TRAINING])
-    likeness, following = {}, {}
-    for role in (BASE, PERSONALIZED):
-        named = [picture for picture in pictures[role] if name in picture.prompt.lower().split()]
-        likeness[role] = mean(judge.similarity(tensor(named), references)) if named else None
-        prompts = [picture.prompt for picture in pictures[role]]
-        following[role] = mean(reader.prompt_following(tensor(pictures[role]), prompts))
-    likeness["real pictures"] = mean(judge.similarity(tensor(pictures[TRAINING]), references))
-    return {"subject_similarity": likeness, "prompt_following": following}
-
-
-def tensor(pictures: list[Picture]) -> torch.Tensor:
-    """Stack pictures: (N, H, W, 3) in [0, 1]."""
-    arrays = [np.asarray(picture.image, np.float32) / 255 for picture in pictures]
-    return torch.from_numpy(np.stack(arrays))
-
-
-def mean(scores: Any) -> float | None:
-    """Return the mean to three digits, or None where there was nothing to score."""
-    value = float(torch.as_tensor(scores, dtype=torch.float32).mean())
-    return None if math.isnan(value) else round(value, 3)
-
-
-SIDE, GAP, LEFT = 160, 12, 130  # pixels: a picture, the space between two, the row titles
-INK, PAPER, QUIET = "#1c1c1e", "#ffffff", "#6e6e73"
-
-
-def grid(pictures: dict[str, list[Picture]], method: str) -> Image.Image:
-    """Draw the training pictures above the prompts, and base above personalised below them."""
-    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    columns = max(len(pictures[role]) for role in (BASE, PERSONALIZED))
-    training = pictures[TRAINING][:columns]
-    labels = [textwrap.fill(picture.prompt, 24) for picture in pictures[BASE]]
-    label_height = 18 * max(label.count("\n") + 1 for label in labels) + GAP
-    width = LEFT + columns * (SIDE + GAP) + GAP
-    tops = [GAP, 2 * GAP + SIDE + label_height + GAP]
-    tops += [tops[1] + SIDE + GAP]
-    page = Image.new("RGB", (width, tops[2] + SIDE + GAP), PAPER)
-    draw = ImageDraw.Draw(page)
-    titles = ("training\npictures", "base", f"personalized\n({method})")
-    rows = (training, pictures[BASE], pictures[PERSONALIZED])
-    for top, title, row in zip(tops, titles, rows, strict=True):
-        draw.multiline_text((GAP, top + SIDE // 2), title, INK, font, anchor="lm", spacing=6)
-        for column, picture in enumerate(row):
-            scaled = picture.image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-            page.paste(scaled, (LEFT + column * (SIDE + GAP), top))
-    for column, label in enumerate(labels):
-        centre = (LEFT + column * (SIDE + GAP) + SIDE // 2, tops[1] - GAP // 2)
-        draw.multiline_text(centre, label, QUIET, small, anchor="md", align="center")
-    return page
-
-
-def plot_loss(history: list[dict[str, float]], title: str, path: Path) -> None:
-    """Draw every step's loss and its running mean over a twentieth of the run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = np.array([line["step"] for line in history if "loss" in line])
-    losses = np.array([line["loss"] for line in history if "loss" in line])
-    window = min(len(losses), max(10, len(losses) // 20))
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(steps, losses, color="#c7c7cc", linewidth=0.8, label="each step")
-    axes.plot(steps[window - 1 :], smooth, color="#0a6cff", label=f"mean of {window} steps")
-    axes.set(
-        xlabel="step", ylabel="loss (noise MSE)", title=f"Training with {title}", ylim=(0, None)
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":
