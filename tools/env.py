@@ -12,6 +12,7 @@ The last line on stdout is the path of the venv's python; everything else goes t
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -41,7 +42,10 @@ def say(text):
 def run(*command):
     """Run a command with its output on stderr; end with its name when it fails."""
     done = subprocess.run(
-        [str(part) for part in command], stdout=sys.stderr, stdin=subprocess.DEVNULL
+        [str(part) for part in command],
+        stdout=sys.stderr,
+        stdin=subprocess.DEVNULL,
+        close_fds=False,
     )
     if done.returncode:
         raise SystemExit(
@@ -152,6 +156,19 @@ def ensure_browser():
             return say(f"env: apt-get {step[0]} failed; no browser tests:\n{done.stderr.strip()}")
 
 
+@contextlib.contextmanager
+def only_one(home):
+    """Wait for other runs; the lock is the children's too, so a killed run's pip still holds it."""
+    with open(f"{home}.lock", "w") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("env: another run is making it; waiting")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--browser", action="store_true", help="also make sure of Chromium")
@@ -164,14 +181,23 @@ def main():
     home = cache / fingerprint(version, comfyui)
     if not (home / "ready").exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with open(f"{home}.lock", "w") as lock:  # released by the system however this run ends
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with only_one(home):
             if not (home / "ready").exists():
                 build(home, python, comfyui)
+                mention_others(home)
     if options.browser:
         ensure_browser()
     print(home / "venv" / "bin" / "python")
 
 
+def mention_others(home):
+    others = [str(path) for path in home.parent.iterdir() if path.is_dir() and path != home]
+    if others:
+        say(f"env: made from other requirements, safe to delete: {' '.join(sorted(others))}")
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("env: interrupted; the next run starts again") from None
