@@ -8,7 +8,7 @@ import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..trainers.errors import InputError
@@ -137,9 +137,10 @@ def load(files: list[Path]) -> list[Picture]:
     for file in files:
         try:
             pictures.append(Picture(read_picture(file), read_caption(file)))
+        except UnidentifiedImageError:
+            problems.append(f"{file.name} (not a picture of a kind that can be read here)")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            # an OSError of Pillow repeats the whole path
-            problems.append(f"{file.name} ({str(error).replace(str(file), file.name)})")
+            problems.append(f"{file.name} ({error})")
     if problems:
         raise InputError(
             "folder",

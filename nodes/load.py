@@ -171,11 +171,14 @@ class Load(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, run, checkpoint):
-        """Check the two lists ourselves: they are older than the files."""
+    def validate_inputs(cls, run):
+        """Check the run ourselves: its list is older than the files.
+
+        Only the run: ComfyUI repeats the error for every input that is named here.
+        """
         try:
             with at(cls):
-                Run.open(runs_root(), run).load(checkpoint)
+                Run.open(runs_root(), run)
         except ValueError as error:
             return str(error)
         return True
