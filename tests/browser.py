@@ -18,8 +18,8 @@ ARGUMENTS = [
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 ]
 READY = "window.app && window.app.vueAppReady && window.app.extensionManager && window.app.graph"
-# Said by ComfyUI's own page on a machine without network or a GPU.
-EXPECTED = ("net::ERR_", "Failed to load resource")
+# Said by ComfyUI's own page: on a machine without network, and while it starts.
+EXPECTED = ("net::ERR_", "Failed to load resource", "graph accessed before initialization")
 
 
 @dataclass
