@@ -67,8 +67,8 @@ def train(method: Method, denoiser: Denoiser, data: PersonalData) -> Generator[S
         loss = float(method.update(objectives, optimizer))
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss became {loss} at step {index + 1}: lower 'learning_rate' "
-                f"(it is {settings.learning_rate:g}) or set 'precision' to fp32"
+                f"the loss or its gradient is not finite at step {index + 1}: lower "
+                f"'learning_rate' (it is {settings.learning_rate:g}) or set 'precision' to fp32"
             )
         schedule.step()
         if average is not None:
@@ -80,7 +80,8 @@ def adapt(method: Method, unet: UNet2DConditionModel) -> list[nn.Parameter]:
     """Put the method's parameters into `unet`, seeded, in fp32; return them."""
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(method.settings.seed, 0, 0).initial_seed())
+        # only the CPU's generator: torch.manual_seed would also set those of all GPUs
+        torch.default_generator.manual_seed(generator(method.settings.seed, 0, 0).initial_seed())
         method.adapt(unet)
     parameters = [p for p in unet.parameters() if p.requires_grad]
     if not parameters:

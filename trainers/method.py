@@ -4,6 +4,7 @@ Every default is the plain answer of DreamBooth-LoRA.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -55,18 +56,20 @@ class Method:
         return (weight * denoising_loss(denoiser, batch)).sum()
 
     def update(self, objectives: Sequence[Objective], optimizer: torch.optim.Optimizer) -> Tensor:
-        """How it moves: back-propagate the objectives' mean, clip, step. Returns that mean."""
+        """How it moves: back-propagate the objectives' mean, clip, step. Returns that mean.
+
+        NaN means that the loss or a gradient is not finite, and no step was taken.
+        """
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(())
         for objective in objectives:
             loss = objective() / len(objectives)
             loss.backward()
             total = total.to(loss.device) + loss.detach()
-        if not total.isfinite():
-            return total  # before the step: what was learned so far stays good
-        if self.settings.gradient_clipping > 0:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clipping)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clipping or math.inf)
+        if not (total + norm).isfinite():
+            return total * math.nan  # before the step: what was learned so far stays good
         optimizer.step()
         return total
 
