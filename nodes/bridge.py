@@ -40,6 +40,7 @@ def denoiser_of(model: ModelPatcher, precision: str = "fp32") -> Denoiser:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**twin_config(unet_config))
     missing, unexpected = unet.load_state_dict(weights, strict=False, assign=True)
+    unexpected += sorted(set(own_weights(model)) - set(twin_names(model).values()))
     if missing or unexpected:
         raise InputError(
             "model",
@@ -97,11 +98,21 @@ def twin_config(c: dict[str, Any]) -> dict[str, Any]:
 
 def twin_weights(model: ModelPatcher, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the base's weights under diffusers' names, patches applied, in `dtype`."""
-    own = model.model.diffusion_model.state_dict()
-    names = twin_names(model)
+    own, names = own_weights(model), twin_names(model)
     return {
         twin: _weight(model, PREFIX + name, own[name]).to(dtype) for twin, name in names.items()
     }
+
+
+def own_weights(model: ModelPatcher) -> dict[str, Tensor]:
+    """Return the U-Net's weights under ComfyUI's names, without patches.
+
+    Sampling leaves the patches of one clone written into the weights that all clones share; what
+    was there before is in the backup that they share as well.
+    """
+    own = model.model.diffusion_model.state_dict()
+    before = {name: model.backup.get(PREFIX + name) for name in own}
+    return {name: b.weight if (b := before[name]) else weight for name, weight in own.items()}
 
 
 def twin_names(model: ModelPatcher) -> dict[str, str]:
@@ -130,7 +141,7 @@ def _without_inference_flag(tensor: Tensor) -> Tensor:
 def fingerprint(model: ModelPatcher) -> dict[str, str]:
     """Describe the base: family, and hashes of its geometry and of (a sample of) its weights."""
     geometry, weights = hashlib.sha256(), hashlib.sha256()
-    for name, weight in sorted(model.model.diffusion_model.state_dict().items()):
+    for name, weight in sorted(own_weights(model).items()):
         geometry.update(f"{name}{tuple(weight.shape)}".encode())
         sample = weight.flatten()[:64].float().cpu().contiguous()
         weights.update(sample.numpy().tobytes())
