@@ -62,7 +62,8 @@ class LowRank:
         return cls(down, up, float(alpha))
 
     def fits(self, shape: torch.Size) -> bool:
-        return self.up.shape[0] == shape[0] and self.down.flatten(1).shape[1] == shape[1:].numel()
+        matrix = self.up.shape[0], self.down.flatten(1).shape[1]
+        return len(shape) > 1 and matrix == (shape[0], shape[1:].numel())
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class RankReduction:
         return cls(basis)
 
     def fits(self, shape: torch.Size) -> bool:
-        return self.basis.shape[0] == shape[0] and self.basis.shape[1] <= shape[0]
+        out, rank = self.basis.shape
+        return len(shape) > 1 and out == shape[0] and rank <= out
 
 
 KINDS = (LowRank, RankReduction)
