@@ -127,7 +127,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def geometry(
-    channels: Sequence[int] = (64, 128),
+    channels: Sequence[int] = (32, 64),
     depths: Sequence[int] = (1, 1),
     blocks: int = 1,
     **changes: Any,
