@@ -62,7 +62,7 @@ class TrainNode(io.ComfyNode):
                     tooltip="The run's folder in output/personalized. A name that is taken gets a "
                     "number: no run is ever overwritten.",
                 ),
-                *map(widget, fields),
+                *map(widget, sorted(fields, key=lambda field: field.metadata["advanced"])),
             ],
             outputs=[
                 io.Model.Output(
