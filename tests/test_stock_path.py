@@ -111,6 +111,20 @@ def test_what_is_trained_is_what_is_loaded(trained, bench):
     assert np.array_equal(trained.pictures["applied"], trained.pictures["tuned"])
 
 
+@pytest.mark.parametrize("trained", ["LoRA"], indirect=True)
+def test_a_lora_runs_file_is_an_ordinary_lora_file(trained, bench):
+    loras = bench.server.base / "models" / "loras"
+    loras.mkdir(exist_ok=True)
+    run = bench.server.output_dir / "personalized" / trained.run
+    shutil.copyfile(run / "last.safetensors", loras / "mine.safetensors")
+    graph = Graph()
+    base = stock.load_checkpoint(graph)
+    how = {"lora_name": "mine.safetensors", "strength_model": 1.0}
+    lora = graph.add("LoraLoaderModelOnly", model=(base, 0), **how)
+    saved = stock.sample(graph, base, (lora, 0))
+    assert np.array_equal(bench.pictures(bench.run(graph), saved)[0], trained.pictures["tuned"])
+
+
 def test_strength_zero_is_the_base_bit_for_bit(trained, base_before):
     assert np.array_equal(trained.pictures["zero"], base_before)
 
