@@ -24,7 +24,8 @@ from headless import ComfyServer  # noqa: E402
 from tests.browser import launch, open_page  # noqa: E402
 
 OUT = ROOT / "workflows"
-TITLE_HEIGHT, GAP, PADDING, GROUP_TITLE = 30, 36, 22, 50  # pixels
+TITLE_HEIGHT, GAP, PADDING, GROUP_TITLE = 30, 40, 22, 50  # pixels
+BELOW = 72  # pixels below a node: in "Nodes 2.0" they are taller
 BLUE, GREEN, VIOLET, GREY = "#3f789e", "#3f6e4a", "#6b4f8a", "#555555"
 
 
@@ -330,8 +331,8 @@ def layout(
             y = GROUP_TITLE + TITLE_HEIGHT
             for key in column:
                 places[key] = [x, y]
-                y += sizes[key][1] + TITLE_HEIGHT + GAP
-            bottom = max(bottom, y - TITLE_HEIGHT - GAP)
+                y += sizes[key][1] + TITLE_HEIGHT + BELOW
+            bottom = max(bottom, y - TITLE_HEIGHT - BELOW)
             x += max(sizes[key][0] for key in column) + GAP
         x += PADDING - GAP
         boxes.append(
