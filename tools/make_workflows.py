@@ -6,7 +6,7 @@ sizes, widget order and the API twins are the real ones. Run it after a node's i
 
     COMFYUI_PATH=… python tools/make_workflows.py [--screenshots DIR]
 
-Thumbnails (workflows/*.jpg) are made by hand from what the workflows draw.
+Thumbnails (workflows/*.jpg) are made by tools/make_thumbnails.py.
 """
 
 import argparse
