@@ -152,7 +152,7 @@ class Request:
         """Return one caption per picture. Raises InputError when the numbers differ."""
         lines = self.captions
         if len(lines) == 1:
-            lines = lines[0].strip().splitlines() or [""]
+            lines = lines[0].rstrip().splitlines() or [""]
         if len(lines) == 1:
             lines = lines * count
         if len(lines) != count:

@@ -136,6 +136,7 @@ def modelspec(header: Header) -> dict[str, str]:
         "modelspec.implementation": "diffusers",
         "modelspec.title": header.instance_prompt,
         "modelspec.trigger_phrase": header.instance_prompt,
+        "modelspec.usage_hint": "strength 0 is the base, 1 is as trained",
         "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

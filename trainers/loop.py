@@ -28,8 +28,7 @@ class Step:
     learned: Callable[[], dict[str, Edit]]  # a snapshot of what is learned so far (the EMA, if on)
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()  # as decorators: unlike with-blocks they are undone at every yield
+@torch.inference_mode(False)  # gradients on; a decorator, unlike a with-block, ends at each yield
 def train(method: Method, denoiser: Denoiser, data: PersonalData) -> Generator[Step, None, None]:
     """Adapt `denoiser.unet` and train it on `data`, yielding after every optimiser step.
 

@@ -127,7 +127,8 @@ class Settings:
     )
     ema_decay: float = knob(
         0.0,
-        "Keep a running average of what is learned, and use that; 0.99-0.999 is usual, 0 is off.",
+        "Keep a running average of what is learned, and use that; 0.99-0.999 is usual, 0 is off. "
+        "It starts fast: after n steps the decay is at most (1 + n) / (10 + n).",
         min=0.0,
         max=0.99999,
         step=0.001,
