@@ -267,7 +267,7 @@ def stock_data(graph: Graph) -> tuple[str, str]:
 
 
 def learned_on_another_base(graph, bench):
-    _, trained = demo_training(graph)
+    _, trained = demo_training(graph, name="elsewhere")
     base = stock.load_checkpoint(graph)
     applied = graph.add("PersonalizeApply", model=(base, 0), personalized=(trained, 1))
     stock.sample(graph, base, (applied, 0))
@@ -370,7 +370,7 @@ def test_a_mistake_is_one_clear_error_and_harms_nothing(bench, good_prompt, mist
     said = str(failure.value)
     assert re.search(MISTAKES[mistake], said)
     assert said.count(MISTAKES[mistake].split(":")[0]) == 1  # ComfyUI may say it once per input
-    left = set(bench.runs()) - {*runs, "demo", "damaged"}  # those two are there to be misused
+    left = set(bench.runs()) - {*runs, "elsewhere", "damaged"}  # those two are there to be misused
     assert not left, "a run that could not start left a folder"
     assert bench.run(good_prompt).files()
     assert bench.comfy.get("/queue") == {"queue_running": [], "queue_pending": []}

@@ -166,7 +166,7 @@ def demo() -> list[Group]:
             VIOLET,
             [
                 {
-                    "positive": prompt("Prompt", "a zib totem on a pink background"),
+                    "positive": prompt("Prompt", "a zib totem on a green background"),
                     "negative": prompt("Negative prompt (empty)", ""),
                     "latent": Node("EmptyLatentImage", "", size),
                     "others": replace(subject("held-out"), title="More of the same character"),
