@@ -131,9 +131,16 @@ def reduced_layers(unet: nn.Module) -> dict[str, DeftLinear | ReducedConv2d]:
 def bottom_directions(weight: Tensor, rank: int) -> Tensor:
     """Return the left-singular vectors of the `rank` smallest singular values, (out, rank).
 
-    Removing them changes the weight least: ||W' - W||_F^2 is the sum of their squares.
+    Removing them changes the weight least: ||W' - W||_F^2 is the sum of their squares. A tall
+    weight has enough directions that it does not use at all: random ones among those are taken,
+    which spares the eigenvectors of a large matrix.
     """
     matrix = weight.detach().flatten(1).double()
+    tall = matrix.shape[0] - matrix.shape[1] >= rank
+    if tall:
+        used = torch.linalg.qr(matrix).Q
+        drawn = torch.randn(len(matrix), rank, dtype=matrix.dtype).to(matrix.device)
+        return torch.linalg.qr(drawn - used @ (used.mT @ drawn)).Q.to(torch.float32)
     return torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, :rank].to(torch.float32)
 
 
