@@ -78,7 +78,9 @@ def interval(share: float, count: int) -> tuple[float, float]:
 
 def contact_sheet(images: torch.Tensor, captions: list[str], path: Path, columns: int = 6) -> None:
     """Write pictures (N, H, W, 3) in [0, 1] with their captions underneath."""
-    size, text, gap = images.shape[1], 34, 8
+    images = images.repeat_interleave(zoom := max(1, 128 // images.shape[1]), 1)
+    images = images.repeat_interleave(zoom, 2)
+    size, text, gap = images.shape[1], 38, 8
     rows = math.ceil(len(images) / columns)
     cell_x, cell_y = size + gap, size + text + gap
     sheet = Image.new("RGB", (columns * cell_x + gap, rows * cell_y + gap), (255, 255, 255))

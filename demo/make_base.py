@@ -48,7 +48,7 @@ from .make_judges import PARTS, attribute_targets, part_targets
 from .make_vae import PICTURES, WORK, encode_pictures, training_pictures, training_scene
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-STEPS = 7000
+STEPS = 5000
 SMALL_ONLY, SMALL_AFTER = (
     0.25,
     0.25,

@@ -24,7 +24,8 @@ from .checkpoint import resume_checkpoint, save_checkpoint
 
 WORK = Path(__file__).parent / "work"
 PICTURES = 24_576
-JOINT_STEPS, DECODER_STEPS = 2346, 1454
+JOINT_STEPS, DECODER_STEPS = 2346, 800
+JOINT_DECAY = 3800  # the joint phase stops before its cosine ends
 PULL_STEPS = 960  # while three channels are drawn strongly to the blurred picture
 BATCH, PEAK_LR, LATENT_NOISE = 16, 1.5e-3, 0.05
 
@@ -135,13 +136,15 @@ def standardise(vae: TinyVAE, pictures: np.ndarray) -> None:
     vae.vae_scale.fill_(SD15_LATENT_SCALE)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Warm up over 100 steps, then decay along a cosine."""
-    return (
-        PEAK_LR
-        * min(1, (step + 1) / 100)
-        * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    )
+def learning_rate(step: int) -> float:
+    """Warm up over 100 steps and decay along a cosine; the decoder's phase has its own."""
+    if step < JOINT_STEPS:
+        return PEAK_LR * min(1, (step + 1) / 100) * _cosine(step / JOINT_DECAY)
+    return 0.4 * PEAK_LR * _cosine((step - JOINT_STEPS) / DECODER_STEPS)
+
+
+def _cosine(progress: float) -> float:
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train(minutes: float) -> None:
@@ -164,7 +167,7 @@ def train(minutes: float) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, total)
+            group["lr"] = learning_rate(step)
         optimiser.step()
         now = time.monotonic()
         facts |= {"step": step + 1, "seconds": before + now - started}
