@@ -47,11 +47,28 @@ def denoiser_of(model: ModelPatcher, precision: str = "fp32") -> Denoiser:
             f"has an unknown layout: {len(missing)} weights missing ({missing[:3]}), "
             f"{len(unexpected)} unexpected ({unexpected[:3]}); use a stock SD 1.x or 2.x U-Net.",
         )
+    return Denoiser(unet, *schedule(model))
+
+
+def schedule(model: ModelPatcher) -> tuple[Tensor, str]:
+    """Return the base's cumulative alphas (T,) and prediction type.
+
+    Raises InputError for a MODEL set to sample otherwise than it was trained (LCM, x0, EDM, ...).
+    """
+    known = comfy.model_sampling
     sampling: Any = model.get_model_object("model_sampling")
-    velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
-    return Denoiser(
-        unet, 1 / (sampling.sigmas.double() ** 2 + 1), "v_prediction" if velocity else "epsilon"
-    )
+    kinds = {kind.__name__ for kind in type(sampling).__mro__}
+    discrete = isinstance(sampling, known.ModelSamplingDiscrete) and isinstance(sampling, known.EPS)
+    if not discrete or kinds & {"X0", "EDM", "LCM", "ModelSamplingDiscreteDistilled"}:
+        raise InputError(
+            "model",
+            f"samples with {' + '.join(k.__name__ for k in type(sampling).__bases__)}; training "
+            "knows noise and velocity prediction over discrete steps. Connect the model from "
+            "before that Model Sampling node.",
+        )
+    sigmas = sampling.sigmas.detach().cpu().double()
+    velocity = isinstance(sampling, known.V_PREDICTION)
+    return 1 / (sigmas**2 + 1), "v_prediction" if velocity else "epsilon"
 
 
 def family(model: ModelPatcher) -> str:
@@ -139,16 +156,23 @@ def _without_inference_flag(tensor: Tensor) -> Tensor:
 
 
 def fingerprint(model: ModelPatcher) -> dict[str, str]:
-    """Describe the base: family, and hashes of its geometry and of (a sample of) its weights."""
-    geometry, weights = hashlib.sha256(), hashlib.sha256()
+    """Describe the base: family, hashes of its geometry, (samples of) its weights and patches."""
+    geometry, weights, patches = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for name, weight in sorted(own_weights(model).items()):
         geometry.update(f"{name}{tuple(weight.shape)}".encode())
         sample = weight.flatten()[:64].float().cpu().contiguous()
         weights.update(sample.numpy().tobytes())
+    for key, applied in sorted(model.patches.items()):
+        for strength, patch, *_ in applied:
+            patches.update(f"{key}{strength}".encode())
+            for part in getattr(patch, "weights", None) or ():
+                if isinstance(part, Tensor):
+                    patches.update(part.flatten()[:64].float().cpu().numpy().tobytes())
     return {
         "family": family(model),
         "geometry": geometry.hexdigest()[:16],
         "weights": weights.hexdigest()[:16],
+        "patches": patches.hexdigest()[:16] if model.patches else "",
     }
 
 

@@ -62,8 +62,8 @@ class Dataset(io.ComfyNode):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="Side of the training pictures in pixels. 512 for SD 1.x, 768 for "
-                    "SD 2.x-v, 128 for the demo base.",
+                    tooltip="Side of the training pictures in pixels, for SD a multiple of 64: 512 "
+                    "for SD 1.x, 768 for SD 2.x-v; 128 for the demo base.",
                 ),
                 io.Combo.Input(
                     "fit",
@@ -78,7 +78,7 @@ class Dataset(io.ComfyNode):
                     min=0,
                     max=1000,
                     tooltip="How many pictures, counted from the end, are kept out of training to "
-                    "measure over-fitting on.",
+                    "measure on: the trainer reports the loss on them beside that of the base.",
                 ),
                 io.Image.Input(
                     "prior_images",
@@ -169,17 +169,17 @@ class Request:
 
 
 def unpack(name: str, batches: list[Tensor]) -> list[Tensor]:
-    """Flatten IMAGE batches to pictures (H, W, 3) in [0, 1]; alpha is laid on white.
+    """Flatten IMAGE batches to pictures, (H, W, 3 or 4) each.
 
     Raises InputError naming every picture that can not be used.
     """
-    pictures = [picture.clone().float() for batch in batches for picture in batch]
+    pictures = [picture for batch in batches for picture in batch]
     if not pictures:
         raise InputError(name, "has no image; connect at least one.")
     problems = [f"image {i + 1} {p}" for i, x in enumerate(pictures) if (p := _problem(x))]
     if problems:
         raise InputError(name, f"can not be used: {'; '.join(problems)}. Replace or remove them.")
-    return [_opaque(picture).clamp(0, 1) for picture in pictures]
+    return pictures
 
 
 def _problem(picture: Tensor) -> str | None:
@@ -192,11 +192,12 @@ def _problem(picture: Tensor) -> str | None:
     return None
 
 
-def _opaque(picture: Tensor) -> Tensor:
-    if picture.shape[-1] == 3:
-        return picture
-    colour, alpha = picture[..., :3], picture[..., 3:]
-    return colour * alpha + (1 - alpha)
+def opaque(picture: Tensor) -> Tensor:
+    """Return a picture (H, W, 3) in [0, 1], a copy; transparency is laid on white."""
+    colour, alpha = picture[..., :3].float(), picture[..., 3:].float()
+    if picture.shape[-1] == 4:
+        colour = colour * alpha + (1 - alpha)
+    return colour.clamp(0, 1)
 
 
 def prepare(
@@ -209,7 +210,7 @@ def prepare(
     texts = {text: encode_text(clip, text) for text in {*captions, request.class_prompt[0], ""}}
 
     def example(picture: Tensor, caption: str) -> Example:
-        pixels = fitted(picture, side, fit)
+        pixels = fitted(opaque(picture), side, fit)
         latent = vae.encode(pixels[None])[0].clone().float().cpu()
         progress.update(1)
         return Example(pixels.movedim(-1, 0) * 2 - 1, latent, caption, texts[caption])
@@ -242,6 +243,6 @@ def fitted(picture: Tensor, side: int, fit: str) -> Tensor:
 
 
 def encode_text(clip: Any, text: str) -> Tensor:
-    """Return the text states of a caption, (L, D), fp32 on the CPU."""
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    """Return the text states of a caption, (L, D), fp32 on the CPU; brackets are only brackets."""
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text, disable_weights=True))
     return conditioning[0][0][0].clone().float().cpu()

@@ -39,7 +39,7 @@ class Folder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=subfolders() or [NO_FOLDERS],
+                    options=folder_paths.get_input_subfolders() or [NO_FOLDERS],
                     tooltip="A folder inside ComfyUI's input folder. Put your pictures there, and "
                     "press R here.",
                 )
@@ -96,19 +96,12 @@ class Picture:
     caption: str
 
 
-def subfolders() -> list[str]:
-    """List the folders below ComfyUI's input folder, as forward-slash paths."""
-    root = Path(folder_paths.get_input_directory())
-    found = [Path(here).relative_to(root).as_posix() for here, _, _ in os.walk(root)]
-    return sorted(name for name in found if not name.startswith("."))
-
-
 def inside_input(folder: str) -> Path:
     """Return the path of a folder. Raises InputError when it leaves the input folder."""
     root = os.path.realpath(folder_paths.get_input_directory())
     path = os.path.realpath(os.path.join(root, folder))
     if not path.startswith(root + os.sep) or not os.path.isdir(path):
-        there = ", ".join(subfolders()[:10]) or "none yet"
+        there = ", ".join(folder_paths.get_input_subfolders()[:10]) or "none yet"
         raise InputError(
             "folder",
             f"is '{folder}', but ComfyUI's input folder has no such folder. There are: {there}. "

@@ -8,9 +8,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter.base import WeightAdapterBase
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..trainers.artifact import Personalization
-from ..trainers.edits import Edit, LowRank
+from ..trainers.edits import Edit, LowRank, RankReduction, remove_directions
 from ..trainers.errors import InputError
 from ..trainers.methods import METHODS
 from ..trainers.run import Run, list_runs
@@ -33,15 +34,18 @@ def runs_root() -> Path:
     return Path(folder_paths.get_output_directory()) / "personalized"
 
 
-class EditPatch(WeightAdapterBase):
-    """Let ComfyUI apply an edit whenever it computes a weight."""
+class ReductionPatch(WeightAdapterBase):
+    """PaRa's edit, for ComfyUI to apply whenever it computes a weight.
 
-    name = "personalize"
+    weights: (Q,), the removed directions (out, r). ComfyUI rebuilds adapters from these two
+    arguments when it has moved the weights to another device.
+    """
 
-    def __init__(self, edit: Edit):
-        self.edit = edit
-        self.loaded_keys = set()
-        self.weights = list(edit.tensors().values())
+    name = "personalize para"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[Tensor]):
+        self.loaded_keys = loaded_keys
+        self.weights = weights
 
     def calculate_weight(
         self,
@@ -54,7 +58,7 @@ class EditPatch(WeightAdapterBase):
         intermediate_dtype=torch.float32,
         original_weight=None,
     ):
-        return self.edit.apply(weight, strength)
+        return remove_directions(weight, self.weights[0], strength)
 
 
 def patch_of(edit: Edit) -> WeightAdapterBase:
@@ -62,7 +66,9 @@ def patch_of(edit: Edit) -> WeightAdapterBase:
     if isinstance(edit, LowRank):
         weights = (edit.up, edit.down, edit.alpha, None, None, None)
         return comfy.weight_adapter.LoRAAdapter(set(), weights)
-    return EditPatch(edit)
+    if isinstance(edit, RankReduction):
+        return ReductionPatch(set(), (edit.directions(),))
+    raise TypeError(f"no patch for {type(edit).__name__}")
 
 
 def personalize(
@@ -100,7 +106,7 @@ def report(learned: Personalization, here: dict[str, str], layers: int, strength
     """Say in plain words what was loaded."""
     header = learned.header
     method = METHODS[header.method].title if header.method in METHODS else header.method
-    same = header.base.get("weights") == here["weights"]
+    same = all(header.base.get(part) == here[part] for part in ("weights", "patches"))
     base = "the base it was trained on" if same else "another base of the same shape"
     return (
         f"{method} after {header.step} steps: all {layers} layers matched, "

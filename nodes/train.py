@@ -22,6 +22,7 @@ from ..trainers.denoiser import Denoiser
 from ..trainers.errors import InputError
 from ..trainers.loop import Step, train
 from ..trainers.method import Method
+from ..trainers.monitor import stable_loss
 from ..trainers.run import LAST, Run, check_name
 from .bridge import choose_precision, denoiser_of, fingerprint
 from .load import personalize, runs_root
@@ -102,6 +103,7 @@ class Session:
     losses: list[float] = dataclasses.field(default_factory=list)
     started: float = dataclasses.field(default_factory=time.monotonic)
     run: Run | None = None
+    held_out: tuple[float, float] | None = None  # stable loss of the base, and as trained
 
     def train(self) -> Personalization:
         """Train to the end and return what was learned.
@@ -115,8 +117,14 @@ class Session:
         try:
             data = in_network_scale(self.data, self.model, denoiser)
             return self._train(denoiser.to(device), data)
+        except comfy.model_management.OOM_EXCEPTION as error:
+            raise MemoryError(
+                "out of memory. Switch 'gradient_checkpointing' on, set 'precision' to bf16, lower "
+                f"'batch_size' (it is {self.method.settings.batch_size}) or the 'resolution' of "
+                "Personal Dataset"
+            ) from error
         finally:
-            denoiser.to("meta")  # a traceback may hold the network, but not its memory
+            denoiser.to("meta")  # a traceback may hold the network, but not its weights
             comfy.model_management.soft_empty_cache()
 
     def _train(self, denoiser: Denoiser, data: PersonalData) -> Personalization:
@@ -131,8 +139,10 @@ class Session:
             data=self.data.fingerprint(),
         )
         progress = comfy.utils.ProgressBar(settings.steps, node_id=self.node_id)
+        PromptServer.instance.send_progress_text("preparing the network", self.node_id)
         with closing(train(self.method, denoiser, data)) as steps:
             first = step = next(steps)  # a run that can not start leaves no folder
+            self.started = time.monotonic()
             self.run = Run.create(runs_root(), self.name, header)
             try:
                 for step in chain([first], steps):
@@ -142,6 +152,10 @@ class Session:
             finally:
                 learned = Personalization.of(header, step.learned(), step.index)
                 self.run.save(learned, LAST)
+            if data.held_out:
+                self.held_out = held_out_losses(denoiser, data)
+                base, tuned = self.held_out
+                self.run.log(step=step.index, held_out_loss=tuned, held_out_loss_of_base=base)
         return learned
 
     def _record(self, step: Step, header: Header) -> None:
@@ -157,7 +171,7 @@ class Session:
 
     def _progress_text(self, step: int) -> str:
         total = self.method.settings.steps
-        rate = step / (time.monotonic() - self.started)
+        rate = max(1, step - 1) / max(1e-9, time.monotonic() - self.started)
         return (
             f"step {step} of {total}, loss {self.recent_loss():.4f}, "
             f"{rate:.2f} steps/s, {(total - step) / rate:.0f} s left"
@@ -174,8 +188,22 @@ class Session:
         return (
             f"{self.method.title}: {learned.header.step} steps, loss {self.recent_loss():.4f} "
             f"(mean of the last 50), {learned.parameters:,} learned numbers, "
-            f"saved as run '{self.run.name}'"
+            f"saved as run '{self.run.name}'{self._held_out_text()}"
         )
+
+    def _held_out_text(self) -> str:
+        if self.held_out is None:
+            return ""
+        base, tuned = self.held_out
+        verdict = "it generalises" if tuned < base else "it over-fits: train less"
+        return f". On the pictures held out: loss {tuned:.4f}, the base's {base:.4f}: {verdict}"
+
+
+def held_out_losses(denoiser: Denoiser, data: PersonalData) -> tuple[float, float]:
+    """Return the stable loss on the held-out pictures: of the base, and as trained."""
+    with denoiser.prior():
+        base = stable_loss(denoiser, data.held_out)
+    return base, stable_loss(denoiser, data.held_out)
 
 
 def in_network_scale(data: PersonalData, model: ModelPatcher, denoiser: Denoiser) -> PersonalData:

@@ -14,8 +14,9 @@ PersonalizedWire = io.Custom("PERSONALIZED")  # trainers.artifact.Personalizatio
 
 @contextmanager
 def at(node: type[io.ComfyNode]) -> Iterator[None]:
-    """Put the node's name in front of an InputError."""
+    """Put the node's name in front of what went wrong with its inputs, numbers or memory."""
     try:
         yield
-    except InputError as error:
-        raise ValueError(f"{node.define_schema().display_name}: {error}") from error
+    except (InputError, FloatingPointError, MemoryError) as error:
+        kind = ValueError if isinstance(error, InputError) else type(error)
+        raise kind(f"{node.define_schema().display_name}: {error}") from error

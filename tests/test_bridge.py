@@ -257,6 +257,31 @@ def refusal(model) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize("how", ["lcm", "x0"])
+def test_a_model_set_to_sample_otherwise_is_refused(how):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    (model,) = ModelSamplingDiscrete().patch(comfy_model(), how, zsnr=False)
+    assert "Model Sampling" in refusal(model)
+
+
+@pytest.mark.parametrize("how", ["eps", "v_prediction"])
+def test_a_model_set_to_sample_by_noise_or_velocity_is_taken(how):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    (model,) = ModelSamplingDiscrete().patch(comfy_model(), how, zsnr=True)
+    assert bridge.denoiser_of(model).prediction_type in ("epsilon", "v_prediction")
+
+
+def test_the_fingerprint_knows_what_was_applied_upstream():
+    model = comfy_model()
+    patched = model.clone()
+    key = "diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    patched.add_patches({key: ("diff", (torch.ones(model.model.state_dict()[key].shape),))}, 0.5)
+    assert bridge.fingerprint(model)["weights"] == bridge.fingerprint(patched)["weights"]
+    assert bridge.fingerprint(model)["patches"] != bridge.fingerprint(patched)["patches"]
+
+
 def test_another_family_is_refused_by_name():
     config = geometry((64, 128), adm_in_channels=None)
     reason = refusal(comfy_model(config, family="SDXL"))

@@ -8,7 +8,7 @@ import torch
 
 from personalize.demo.base_model import TEXT_CONFIG, TinyVAE
 from personalize.nodes import data as dataset
-from personalize.nodes.data import Dataset, fitted, unpack
+from personalize.nodes.data import Dataset, fitted, opaque, unpack
 from personalize.nodes.demo import build_clip
 from personalize.trainers.errors import InputError
 from tests.tiny import noise
@@ -133,7 +133,7 @@ def test_transparency_is_laid_on_white():
     rgba[..., 0] = 1.0  # red
     rgba[0, : SIDE // 2, :, 3] = 1.0  # opaque above, clear below
     rgba[0, 0, :, 3] = 0.5
-    (picture,) = unpack("images", [rgba])
+    picture = opaque(*unpack("images", [rgba]))
     assert picture.shape == (SIDE, SIDE, 3)
     assert picture[1, 0].tolist() == [1, 0, 0]
     assert picture[-1, 0].tolist() == [1, 1, 1]

@@ -78,11 +78,7 @@ class RankReduction:
         return torch.linalg.qr(self.basis.float()).Q
 
     def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        if strength == 0.0:
-            return weight
-        q = self.directions().to(weight.device)
-        matrix = weight.flatten(1).float()
-        return (matrix - strength * (q @ (q.mT @ matrix))).reshape(weight.shape).to(weight.dtype)
+        return remove_directions(weight, self.directions(), strength)
 
     def as_low_rank(self, weight: Tensor) -> LowRank:
         """Return the LoRA with the same effect on this very weight: up = -Q, down = Q^T W."""
@@ -105,6 +101,14 @@ class RankReduction:
     def fits(self, shape: torch.Size) -> bool:
         out, rank = self.basis.shape
         return len(shape) > 1 and out == shape[0] and rank <= out
+
+
+def remove_directions(weight: Tensor, q: Tensor, strength: float = 1.0) -> Tensor:
+    """Return W - s Q Q^T W for orthonormal columns Q, (out, r)."""
+    if strength == 0.0:
+        return weight
+    q, matrix = q.to(weight.device, torch.float32), weight.flatten(1).float()
+    return (matrix - strength * (q @ (q.mT @ matrix))).reshape(weight.shape).to(weight.dtype)
 
 
 KINDS = (LowRank, RankReduction)

@@ -5,9 +5,8 @@
 What is learned is which r output directions every layer gives up: half of LoRA's parameters on
 square layers, and no direction can be added. Linear layers are peft's `DeftConfig(para=True,
 decomposition_method="qr")`. Ours: convolutions (as matrices out x in*kh*kw), the near-identity
-start `bottom`, the strength s at loading, `concat` for combining subjects (`sequential` is the
-paper's, `sum` is peft's). The layers "all but cross-attention" are the paper's best trade-off.
-Its learning rate is unpublished.
+start `bottom`, and the strength s at loading. The layers "all but cross-attention" are the
+paper's best trade-off. Its learning rate is unpublished.
 """
 
 from collections.abc import Sequence
@@ -48,7 +47,7 @@ class PaRaSettings(Settings):
     init: str = knob(
         "bottom",
         "bottom: start from the directions that the base uses least (near-identity); "
-        "random: from any (as peft and the paper's code).",
+        "random: from any (as in peft).",
         choices=("bottom", "random"),
         advanced=True,
     )
@@ -135,11 +134,11 @@ def bottom_directions(weight: Tensor, rank: int) -> Tensor:
     weight has enough directions that it does not use at all: random ones among those are taken,
     which spares the eigenvectors of a large matrix.
     """
-    matrix = weight.detach().flatten(1).double()
+    matrix = weight.detach().flatten(1).cpu().double()
     tall = matrix.shape[0] - matrix.shape[1] >= rank
     if tall:
         used = torch.linalg.qr(matrix).Q
-        drawn = torch.randn(len(matrix), rank, dtype=matrix.dtype).to(matrix.device)
+        drawn = torch.randn(len(matrix), rank, dtype=matrix.dtype)
         return torch.linalg.qr(drawn - used @ (used.mT @ drawn)).Q.to(torch.float32)
     return torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, :rank].to(torch.float32)
 
