@@ -1,6 +1,7 @@
 """Talk to a running ComfyUI: queue a prompt, follow it, collect what it made."""
 
 import asyncio
+import contextlib
 import io
 import json
 import mimetypes
@@ -63,10 +64,13 @@ class Comfy:
     """A client of the ComfyUI at `url`; a context manager, used from ordinary (sync) code.
 
     `messages` holds every JSON message the server has sent to this client, oldest first.
+    `timeout` is how many seconds `run` waits unless told otherwise; None: for ever.
+    Every method raises ConnectionError when the server is gone.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, timeout: float | None = None):
         self.url = url.rstrip("/")
+        self.timeout = timeout
         self.client_id = uuid.uuid4().hex
         self.messages: list[dict[str, Any]] = []
         self._arrived = threading.Condition()
@@ -106,8 +110,7 @@ class Comfy:
         if status != 200:
             raise refusal(reply, prompt)
         if reply["node_errors"]:  # the server would run the rest and drop these outputs
-            self.post("/queue", {"delete": [reply["prompt_id"]]})
-            self.interrupt(reply["prompt_id"])
+            self.withdraw(reply["prompt_id"])
             raise refusal(reply, prompt)
         return reply["prompt_id"]
 
@@ -117,13 +120,15 @@ class Comfy:
         on_progress: Callable[[Progress], None] | None = None,
         timeout: float | None = None,  # seconds
     ) -> Result:
-        """Queue a prompt and wait for its end; on Ctrl-C or a timeout interrupt it."""
+        """Queue a prompt and wait for its end; on Ctrl-C or a timeout withdraw it."""
         seen = len(self.messages)
-        prompt_id = self.queue(prompt)
+        prompt_id = str(uuid.uuid4())
         try:
-            return self.wait(prompt_id, prompt, on_progress, timeout, seen)
+            self.queue(prompt, prompt_id=prompt_id)
+            return self.wait(prompt_id, prompt, on_progress, timeout or self.timeout, seen)
         except (KeyboardInterrupt, SystemExit, TimeoutError):
-            self.interrupt(prompt_id)
+            with contextlib.suppress(ConnectionError):
+                self.withdraw(prompt_id)
             raise
 
     def wait(
@@ -149,6 +154,11 @@ class Comfy:
         if status.get("status_str") == "error":
             raise PromptFailed.from_messages(status.get("messages", []))
         return Result(prompt_id, history["outputs"], history)
+
+    def withdraw(self, prompt_id: str) -> None:
+        """Take a prompt out of the queue, or stop it when it has begun."""
+        self.post("/queue", {"delete": [prompt_id]})
+        self.interrupt(prompt_id)
 
     def interrupt(self, prompt_id: str | None = None) -> None:
         """Stop the running prompt (only if it is `prompt_id`, when given)."""
@@ -189,16 +199,21 @@ class Comfy:
                 raise TimeoutError(f"The prompt was not done after {timeout:g} s")
 
     def _await(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except aiohttp.ClientResponseError as error:
+            raise OSError(f"ComfyUI answered {error.status} {error.message}") from error
+        except aiohttp.ClientError as error:
+            raise ConnectionError(f"No ComfyUI answers at {self.url}: {error}") from error
 
     async def _connect(self) -> None:
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120))
         address = f"{self.url.replace('http', 'ws', 1)}/ws?clientId={self.client_id}"
         try:
             self._socket = await self._http.ws_connect(address, max_msg_size=0)
-        except aiohttp.ClientError as error:
+        except aiohttp.ClientError:
             await self._http.close()
-            raise ConnectionError(f"No ComfyUI answers at {self.url}: {error}") from error
+            raise
         self._reader = asyncio.create_task(self._read())
 
     async def _read(self) -> None:

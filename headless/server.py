@@ -25,7 +25,7 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
 
 
 class ServerError(RuntimeError):
-    """ComfyUI did not start, or started without the pack; the message holds its log."""
+    """ComfyUI did not start, started without the pack, or died; the message holds its log."""
 
 
 def find_comfyui() -> Path:
@@ -88,8 +88,11 @@ class ComfyServer:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        died = self._obituary() if isinstance(error, ConnectionError) else ""
         self.stop()
+        if died:
+            raise ServerError(died) from error
 
     @property
     def log(self) -> str:
@@ -111,6 +114,14 @@ class ComfyServer:
             self._old_sigterm = None
         if self._temporary is not None:
             self._temporary.cleanup()
+
+    def _obituary(self) -> str:
+        """Say how ComfyUI ended by itself, with the end of its log; empty while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self._process is not None:  # it closes its port some moments before it ends
+                code = self._process.wait(2.0)
+                return f"ComfyUI ended (exit code {code}) during the work:\n{tail(self.log)}"
+        return ""
 
     def _make_base(self) -> None:
         for name in ("custom_nodes", "input", "output", "models", "user/default"):

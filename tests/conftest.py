@@ -83,7 +83,7 @@ def server() -> Iterator[ComfyServer]:
 @pytest.fixture(scope="session")
 def comfy(server: ComfyServer) -> Iterator[Comfy]:
     """A client of the session's server."""
-    with Comfy(server.url) as comfy:
+    with Comfy(server.url, timeout=300) as comfy:
         yield comfy
 
 

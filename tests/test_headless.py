@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from headless import (
+    Comfy,
     ComfyServer,
     OverrideError,
     PromptFailed,
@@ -154,17 +155,36 @@ def test_a_failing_node_is_named_with_its_exception(comfy):
 
 def test_an_interrupted_prompt_says_so(comfy):
     prompt_id = comfy.queue(long_prompt())
-    time.sleep(1)
+    wait_until_started(comfy, prompt_id)
     comfy.interrupt(prompt_id)
     with pytest.raises(PromptFailed, match="Interrupted") as failure:
-        comfy.wait(prompt_id, timeout=60)
+        comfy.wait(prompt_id, timeout=300)
     assert failure.value.interrupted
+
+
+def wait_until_started(comfy, prompt_id, seconds=60):
+    for _ in range(seconds * 20):
+        if any(event["prompt_id"] == prompt_id for event in comfy.events("execution_start")):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"The prompt did not start in {seconds} s")
 
 
 def test_a_timeout_interrupts_the_prompt(comfy):
     with pytest.raises(TimeoutError):
         comfy.run(long_prompt(), timeout=0.5)
-    assert comfy.run(prompt(width=40), timeout=60).files()
+    assert comfy.run(prompt(width=40)).files()
+
+
+def test_a_timeout_takes_a_prompt_that_waits_out_of_the_queue(comfy):
+    running = comfy.queue(long_prompt())
+    wait_until_started(comfy, running)
+    with pytest.raises(TimeoutError):
+        comfy.run(prompt(width=56), timeout=0.5)
+    queue = comfy.get("/queue")
+    comfy.interrupt(running)
+    assert [entry[1] for entry in queue["queue_running"]] == [running]
+    assert queue["queue_pending"] == []
 
 
 # The command
@@ -246,6 +266,23 @@ def test_an_exception_ends_the_server():
         pid = server.pid
         raise ZeroDivisionError
     assert gone(pid)
+
+
+@pytest.mark.server
+def test_a_server_that_dies_during_a_prompt_is_reported_with_its_log():
+    died = pytest.raises(ServerError, match=r"ComfyUI ended \(exit code -9\)[^$]*got prompt")
+    with (
+        died,
+        ComfyServer(packs=[], cpu=True, env=ONE_THREAD) as server,
+        Comfy(server.url, timeout=300) as comfy,
+    ):
+        comfy.run(long_prompt(), lambda _: os.kill(server.pid, signal.SIGKILL))
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path, capsys):
+    workflow = write(tmp_path / "workflow.json", prompt())
+    assert main([workflow, "--server", "http://127.0.0.1:9"]) == 1
+    assert "No ComfyUI answers at http://127.0.0.1:9" in capsys.readouterr().err
 
 
 HOLD = """
