@@ -18,8 +18,15 @@ ARGUMENTS = [
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 ]
 READY = "window.app && window.app.vueAppReady && window.app.extensionManager && window.app.graph"
-# Said by ComfyUI's own page: on a machine without network, and while it starts.
-EXPECTED = ("net::ERR_", "Failed to load resource", "graph accessed before initialization")
+# Said by ComfyUI's own page: without network, while it starts, and for want of its own templates
+# (480 MB, not installed).
+EXPECTED = (
+    "net::ERR_",
+    "Failed to load resource",
+    "before initialization",
+    "core workflow templates",
+    "fuse options",
+)
 
 
 @dataclass
@@ -55,7 +62,7 @@ class ComfyPage:
             }))"""
         )
 
-    def wait(self, condition: str, seconds: float = 30) -> None:
+    def wait(self, condition: str, seconds: float = 60) -> None:
         """Wait until a JavaScript expression is true."""
         self.page.wait_for_function(condition, timeout=1000 * seconds)
 
@@ -67,9 +74,9 @@ class ComfyPage:
 def launch() -> Iterator[Browser]:
     """Start Chromium without a sandbox, a GPU, or any network but 127.0.0.1."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        raise RuntimeError("No Chromium found: `make env` as root, or `apt-get install chromium`")
     with sync_playwright() as playwright:
+        if found is None and not Path(playwright.chromium.executable_path).exists():
+            raise RuntimeError("No Chromium: `make env`, or `playwright install chromium`")
         browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
         try:
             yield browser

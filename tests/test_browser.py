@@ -1,7 +1,6 @@
 """ComfyUI's own page with the pack in it, in a real browser."""
 
 import json
-import re
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,7 @@ from tests.browser import ComfyPage, open_page
 ROOT = Path(__file__).resolve().parent.parent
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
 NAMES = [path.stem for path in GRAPHS]
-# Said by the page while it starts, and for want of ComfyUI's own templates (480 MB, not installed).
-NOT_OURS = re.compile(r"before initialization|core workflow templates|fuse options")
+WAIT = 60_000  # ms: on a busy machine the page is slow
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def fresh(page: ComfyPage) -> Iterator[ComfyPage]:
     page.external.clear()
     yield page
     page.page.keyboard.press("Escape")
-    assert not [error for error in page.errors if not NOT_OURS.search(error)]
+    assert not page.errors
     assert not page.external
 
 
@@ -103,9 +101,9 @@ def test_the_page_shows_the_templates_and_opens_one(fresh):
     """The dialog of templates has a section of ours with the three names."""
     fresh.run("async () => { await app.extensionManager.command.execute('Comfy.BrowseTemplates') }")
     dialog = fresh.page.get_by_role("dialog")
-    dialog.get_by_text("personalize", exact=True).click(timeout=15000)
+    dialog.get_by_text("personalize", exact=True).click(timeout=WAIT)
     for name in NAMES:
-        dialog.get_by_text(name.replace("_", " ")).last.wait_for(timeout=15000)
+        dialog.get_by_text(name.replace("_", " ")).last.wait_for(timeout=WAIT)
     dialog.get_by_text("demo").last.click()
     fresh.wait("app.graph._nodes.some(n => n.type === 'PersonalizeDemoBase')")
 
@@ -167,7 +165,7 @@ def test_a_widget_shows_its_tooltip(fresh, object_info):
     fresh.page.mouse.move(x - 5, y)
     fresh.page.mouse.move(x, y)
     tooltip = fresh.page.locator(".node-tooltip")
-    tooltip.wait_for(timeout=10000)
+    tooltip.wait_for(timeout=WAIT)
     _, options = object_info["PersonalizeTrainLoRA"]["input"]["required"]["rank"]
     assert tooltip.inner_text() == options["tooltip"]
 

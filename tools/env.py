@@ -139,21 +139,36 @@ def build(home, base_python, comfyui):
     (home / "ready").write_text("\n".join(str(file) for file in files) + "\n")
 
 
-def ensure_browser():
-    """Install Chromium through apt-get where that is possible; say what is missing where not."""
-    if any(shutil.which(name) for name in BROWSERS):
+def ensure_browser(python):
+    """Install Chromium: through apt-get as root, else playwright's own; say so if neither works."""
+    if any(shutil.which(name) for name in BROWSERS) or has_playwrights_own(python):
         return
-    if shutil.which("apt-get") is None or os.geteuid() != 0:
-        return say("env: no Chromium found: the browser tests of `make test` need one")
-    say("env: installing Chromium through apt-get, for the browser tests")
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for step in (
-        ["update", "-qq"],
-        ["install", "-y", "-qq", "--no-install-recommends", "chromium"],
-    ):
-        done = subprocess.run(["apt-get", *step], env=quiet, capture_output=True, text=True)
+    ways = [[python, "-m", "playwright", "install", "chromium"]]
+    if shutil.which("apt-get") and os.geteuid() == 0:
+        quiet = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
+        install = [*quiet, "install", "-y", "-qq", "--no-install-recommends", "chromium"]
+        ways = [[*quiet, "update", "-qq"], install, *ways]
+    for command in map(list, ways):
+        say(f"env: for the browser tests: {' '.join(map(str, command))}")
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
-            return say(f"env: apt-get {step[0]} failed; no browser tests:\n{done.stderr.strip()}")
+            say((done.stderr or done.stdout).strip()[-500:])
+        if any(shutil.which(name) for name in BROWSERS):
+            return
+    if not has_playwrights_own(python):
+        say(
+            "env: no Chromium: the browser tests of `make test` fail; install one, such as "
+            "`apt-get install chromium`"
+        )
+
+
+def has_playwrights_own(python):
+    """Tell whether `playwright install chromium` was done, for the playwright of `python`."""
+    probe = (
+        "import os; from playwright.sync_api import sync_playwright as start\n"
+        "with start() as p: raise SystemExit(not os.path.exists(p.chromium.executable_path))"
+    )
+    return subprocess.run([python, "-c", probe], capture_output=True).returncode == 0
 
 
 @contextlib.contextmanager
@@ -185,9 +200,10 @@ def main():
             if not (home / "ready").exists():
                 build(home, python, comfyui)
                 mention_others(home)
+    python = home / "venv" / "bin" / "python"
     if options.browser:
-        ensure_browser()
-    print(home / "venv" / "bin" / "python")
+        ensure_browser(python)
+    print(python)
 
 
 def mention_others(home):
