@@ -1,0 +1,101 @@
+"""However a training ends, its network is gone and no MODEL stays loaded."""
+
+import comfy.model_management as memory
+import pytest
+import torch
+
+from personalize.nodes import load
+from personalize.nodes import train as node
+from personalize.trainers.methods import METHODS
+from tests.test_load import train_on
+from tests.tiny import comfy_model, comfy_output, make, question, same, snapshot, tiny_data
+
+
+class Screen:
+    """Stands in for the server, which shows progress; `then` is called with every text."""
+
+    def __init__(self, then):
+        self.send_progress_text = lambda text, node_id: then(text)
+
+
+@pytest.fixture
+def networks(monkeypatch, tmp_path):
+    """Every network that a session builds."""
+    built = []
+    denoiser_of = node.denoiser_of
+
+    def noted(*arguments):
+        built.append(denoiser_of(*arguments))
+        return built[-1]
+
+    monkeypatch.setattr(node, "denoiser_of", noted)
+    monkeypatch.setattr(node, "runs_root", lambda: tmp_path)
+    return built
+
+
+def session(model, **settings) -> node.Session:
+    method = make(METHODS["lora"], **{"steps": 100, "precision": "fp32"} | settings)
+    return node.Session(method, model, tiny_data(), "some", "1")
+
+
+def show(monkeypatch, then=lambda text: None) -> None:
+    monkeypatch.setattr(node.PromptServer, "instance", Screen(then), raising=False)
+
+
+@pytest.fixture
+def loaded_base():
+    """A MODEL that a sampler has loaded with a personalisation, as after a first prompt."""
+    base = comfy_model()
+    weights = snapshot(base.model)
+    patched, _ = load.personalize(base, train_on(base, METHODS["para"])[0], 1.0)
+    comfy_output(patched, *question())
+    yield base
+    memory.unload_all_models()
+    assert same(snapshot(base.model), weights)
+
+
+def assert_gone(networks) -> None:
+    assert len(networks) == 1
+    assert all(parameter.is_meta for parameter in networks[0].parameters())
+    assert memory.current_loaded_models == []
+
+
+def test_after_a_training_that_failed(networks, loaded_base, monkeypatch):
+    def fail_at_step_three(text):
+        if text.startswith("step 3 "):
+            raise torch.OutOfMemoryError("out of memory")
+
+    show(monkeypatch, fail_at_step_three)
+    with pytest.raises(MemoryError, match="gradient_checkpointing"):
+        session(loaded_base).train()
+    assert_gone(networks)
+
+
+def test_after_a_training_that_failed_in_its_first_step(networks, loaded_base, monkeypatch):
+    show(monkeypatch)
+    with pytest.raises(FloatingPointError):
+        broken = session(loaded_base)
+        broken.method.loss = lambda denoiser, batch: torch.tensor(torch.nan, requires_grad=True)
+        broken.train()
+    assert_gone(networks)
+    assert broken.run is None
+
+
+def test_after_a_training_that_was_interrupted(networks, loaded_base, monkeypatch, tmp_path):
+    def interrupt_at_step_three(text):
+        if text.startswith("step 3 "):
+            memory.interrupt_current_processing(True)
+
+    show(monkeypatch, interrupt_at_step_three)
+    with pytest.raises(memory.InterruptProcessingException):
+        session(loaded_base).train()
+    assert_gone(networks)
+    assert not memory.processing_interrupted()
+    assert (tmp_path / "some" / "last.safetensors").is_file()
+
+
+def test_after_a_training_that_went_well(networks, loaded_base, monkeypatch):
+    show(monkeypatch)
+    learned = session(loaded_base, steps=2).train()
+    assert_gone(networks)
+    assert not any(tensor.is_meta for tensor in learned.tensors.values())
