@@ -1,0 +1,39 @@
+"""What users get from the registry works without the rest of the checkout."""
+
+import shutil
+
+from headless import Comfy, ComfyServer, fill_defaults
+from tests.published import ROOT, published_files
+from tests.stock import Graph
+
+
+def test_the_published_files_alone_are_the_pack(tmp_path, object_info):
+    pack = tmp_path / "personalize"
+    for path in published_files():
+        (pack / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / path, pack / path)
+    with (
+        ComfyServer(packs=[pack], cpu=True, env={"OMP_NUM_THREADS": "1"}) as server,
+        Comfy(server.url, timeout=300) as comfy,
+    ):
+        known = comfy.object_info()
+        assert all(known[id] == node for id, node in object_info.items())
+        ours = {id for id, node in known.items() if "personalize" in node["python_module"]}
+        assert ours == object_info.keys()
+        graph = Graph()
+        base = graph.add("PersonalizeDemoBase")
+        picture = graph.add("PersonalizeDemoSubject", count=1)
+        latent = graph.add("VAEEncode", pixels=(picture, 0), vae=(base, 2))
+        text = graph.add("CLIPTextEncode", clip=(base, 1), text="a totem")
+        words = {"positive": (text, 0), "negative": (text, 0), "latent_image": (latent, 0)}
+        how = {"seed": 1, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal"}
+        sampled = graph.add("KSampler", model=(base, 0), **words, **how)
+        decoded = graph.add("VAEDecode", samples=(sampled, 0), vae=(base, 2))
+        graph.add("PreviewImage", images=(decoded, 0))
+        (file,) = comfy.run(fill_defaults(graph, known)).files()
+        assert comfy.image(file).size == (128, 128)
+
+
+def test_the_large_files_that_are_published_are_the_base_alone():
+    large = [path for path in published_files() if (ROOT / path).stat().st_size > 1_000_000]
+    assert [path.as_posix() for path in large] == ["demo/base.safetensors"]
