@@ -304,6 +304,8 @@ def test_a_signal_ends_the_server(number):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        # in the background of a shell, Ctrl-C would be ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         pid = int(holder.stdout.readline())
