@@ -148,7 +148,7 @@ def ensure_browser(python):
         quiet = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
         install = [*quiet, "install", "-y", "-qq", "--no-install-recommends", "chromium"]
         ways = [[*quiet, "update", "-qq"], install, *ways]
-    for command in map(list, ways):
+    for command in ways:
         say(f"env: for the browser tests: {' '.join(map(str, command))}")
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
