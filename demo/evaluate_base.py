@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from . import world
 from .base_model import FOLDER, SD15_LATENT_SCALE, Base, load_base, noise_schedule
@@ -76,6 +78,15 @@ def interval(share: float, count: int) -> tuple[float, float]:
     return round(middle - half, 3), round(middle + half, 3)
 
 
+def note_accuracies(path: Path, read: dict[str, dict]) -> None:
+    """Write how well the base's samples were read into the metadata of its file."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    facts = {k: v for k, v in json.loads(metadata["training"]).items() if "read" not in k}
+    metadata["training"] = json.dumps(facts | {"read": read})
+    save_file(load_file(path), path, metadata)
+
+
 def contact_sheet(images: torch.Tensor, captions: list[str], path: Path, columns: int = 6) -> None:
     """Write pictures (N, H, W, 3) in [0, 1] with their captions underneath."""
     images = images.repeat_interleave(zoom := max(1, 128 // images.shape[1]), 1)
@@ -89,7 +100,7 @@ def contact_sheet(images: torch.Tensor, captions: list[str], path: Path, columns
         x, y = gap + i % columns * cell_x, gap + i // columns * cell_y
         sheet.paste(Image.fromarray((image.numpy() * 255).round().astype(np.uint8)), (x, y))
         draw.multiline_text((x, y + size + 2), _wrapped(caption), (40, 40, 40), font, spacing=1)
-    sheet.save(path, optimize=True)
+    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def _wrapped(caption: str, width: int = 25) -> str:
@@ -111,17 +122,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--base", type=Path, default=FOLDER / "base.safetensors")
     parser.add_argument("--sheet", type=Path, help="also write the first 36 as a picture")
+    parser.add_argument("--note", action="store_true", help="write the result into the base's file")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
     prompts = fresh_prompts(arguments.prompts, arguments.seed)
     settings = {"cfg": arguments.cfg, "steps": arguments.steps, "size": arguments.size}
     images = sample(load_base(arguments.base), prompts, **settings)
     read = AttributeReader.load().follows(images, prompts)
+    rows = {}
     for name, right in read.items():
         if count := int((~right.isnan()).sum()):
             share = right.nanmean().item()
-            row = {"share": round(share, 3), "n": count, "interval": interval(share, count)}
-            print(name, json.dumps(row))
+            rows[name] = {"share": round(share, 3), "n": count, "interval": interval(share, count)}
+            print(name, json.dumps(rows[name]), flush=True)
+    if arguments.note:
+        note_accuracies(arguments.base, rows)
     if arguments.sheet:
         contact_sheet(images[:36], prompts[:36], arguments.sheet)
 
