@@ -35,11 +35,11 @@ def test_a_cancelled_training_keeps_what_it_learned_and_the_server_goes_on(serve
             comfy.interrupt()
 
     with pytest.raises(PromptFailed, match=r"(?i)interrupt"):
-        run(training("cancelled", steps=100_000), on_progress=cancel_after_three_steps)
+        run(training("cancelled", steps=2000), on_progress=cancel_after_three_steps)
     folder = server.output_dir / "personalized" / "cancelled"
     kept = Personalization.load(folder / "last.safetensors")
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    assert 3 <= kept.header.step == history[-1]["step"] < 100_000
+    assert 3 <= kept.header.step == history[-1]["step"] < 2000
     assert not list(folder.glob(".*"))  # no half-written file
     run(training("after the cancelled one", steps=1))
 
