@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -103,7 +103,7 @@ class TinyVAE(nn.Module):
 
 def new_unet(config: dict = UNET_CONFIG) -> UNet2DConditionModel:
     """Make an SD-1.x U-Net whose residual branches begin at zero, as LDM's own code does."""
-    unet = UNet2DConditionModel.from_config(config)
+    unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(config))
     for name, module in unet.named_modules():
         if name.endswith(("conv2", "proj_out")) or name == "conv_out":
             nn.init.zeros_(module.weight)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tens
 
 
 def save_checkpoint(
-    path: Path, modules: dict[str, nn.Module], optimiser: torch.optim.Optimizer, facts: dict
+    path: Path, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer, facts: dict
 ) -> None:
     """Write modules, optimiser state and JSON-able facts ("step" among them) in one move."""
     tensors = _optimiser_tensors(optimiser)
@@ -32,7 +33,7 @@ def save_checkpoint(
 
 
 def resume_checkpoint(
-    path: Path, modules: dict[str, nn.Module], optimiser: torch.optim.Optimizer | None = None
+    path: Path, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer | None = None
 ) -> dict:
     """Load what `save_checkpoint` wrote, if it exists; return its facts or {"step": 0}."""
     if not path.exists():

@@ -124,6 +124,7 @@ class SubjectJudge(_Judge):
         self.trunk = trunk()
         self.hidden = nn.Linear(128 * 4 * 4, 192)
         self.head = nn.Linear(192, EMBEDDING)
+        self.centre: torch.Tensor
         self.register_buffer("centre", torch.zeros(EMBEDDING))
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:

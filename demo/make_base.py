@@ -15,6 +15,7 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -64,6 +65,10 @@ CHECKPOINT = WORK / "base_training.safetensors"
 class SparseTable(nn.Module):
     """A token table of which only some rows are trained; the others are `text_table`'s noise."""
 
+    ids: torch.Tensor
+    table: torch.Tensor
+    slots: torch.Tensor
+
     def __init__(self, ids: torch.Tensor) -> None:
         super().__init__()
         width = TEXT_CONFIG["hidden_size"]
@@ -90,7 +95,12 @@ class Denoiser(nn.Module):
         words = tokens(world.vocabulary()).input_ids
         ids = torch.tensor(sorted({i for word in words for i in word}))
         self.text, self.unet = new_text_encoder(), new_unet()
-        self.text.embeddings.token_embedding = SparseTable(ids)
+        self.text.embeddings.add_module("token_embedding", SparseTable(ids))
+
+    @property
+    def table(self) -> SparseTable:
+        """The token table of the text encoder."""
+        return cast(SparseTable, self.text.get_submodule("embeddings.token_embedding"))
 
     def forward(
         self, latents: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor
@@ -124,7 +134,7 @@ def latent_cache(vae: TinyVAE, size: int) -> torch.Tensor:
 
 def picture_size(step: int) -> int:
     """Return the size of a step's pictures: 64 px at first, then mostly 128 px."""
-    small_share = 1.0 if step < SMALL_ONLY * STEPS else SMALL_AFTER
+    small_share = 1.0 if step < SMALL_ONLY else SMALL_AFTER
     return 64 if random.Random(f"size {step}").random() < small_share else 128
 
 
@@ -167,12 +177,13 @@ def pretrain_text(model: Denoiser, tokens: CLIPTokenizer) -> None:
             for i, head in enumerate(heads)
         ]
         optimiser.zero_grad(set_to_none=True)
-        sum(losses).backward()
+        loss = torch.stack(losses).sum()
+        loss.backward()
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - 0.9 * step / TEXT_STEPS)
         optimiser.step()
         if step % 50 == 49:
-            print(f"text {step + 1} loss {sum(losses).item():.3f}", flush=True)
+            print(f"text {step + 1} loss {loss.item():.3f}", flush=True)
 
 
 def scene_targets(scene: world.Scene) -> list[int]:
@@ -209,9 +220,9 @@ def denoising_loss(
     return (loss_weights(alphas)[timesteps] * errors).mean()
 
 
-def learning_rate(step: int) -> float:
+def learning_rate(step: int, steps: int) -> float:
     """Warm up, then decay along a cosine."""
-    decay = 0.5 * (1 + math.cos(math.pi * min(1, step / STEPS)))
+    decay = 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
     return PEAK_LR * min(1, (step + 1) / WARM_UP) * (0.01 + 0.99 * decay)
 
 
@@ -253,7 +264,7 @@ def agreed(decision: bool) -> bool:
 
 def export(average: Denoiser, vae: TinyVAE, facts: dict, path: Path) -> None:
     """Write the averaged weights as the base."""
-    table = average.text.embeddings.token_embedding
+    table = average.table
     text = {k: v for k, v in average.text.state_dict().items() if "token_embedding" not in k}
     save_base(path, average.unet.state_dict(), text, (table.rows, table.ids), vae, facts)
 
@@ -270,7 +281,7 @@ def evaluate(base: Base, facts: dict, count: int) -> None:
     torch.set_num_threads(1 if RANKS > 1 else 2)
 
 
-def train(minutes: float, evaluate_every: float) -> None:
+def train(steps: int, minutes: float, evaluate_every: float) -> None:
     """Train for at most `minutes`, from the last checkpoint on."""
     vae, tokens = load_vae(), tokenizer()
     caches = {size: latent_cache(vae, size) for size in BATCH}
@@ -282,7 +293,9 @@ def train(minutes: float, evaluate_every: float) -> None:
         model.parameters(), PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     modules = {"model": model, "average": average}
-    facts = {"seconds": 0.0, "pictures": 0} | resume_checkpoint(CHECKPOINT, modules, optimiser)
+    facts: dict = {"seconds": 0.0, "pictures": 0} | resume_checkpoint(
+        CHECKPOINT, modules, optimiser
+    )
     if facts["step"] == 0:
         pretrain_text(model, tokens)
         average.load_state_dict(model.state_dict())
@@ -290,7 +303,7 @@ def train(minutes: float, evaluate_every: float) -> None:
     alphas = noise_schedule().alphas_cumprod
     started = saved = evaluated = time.monotonic()
     before, smooth = facts["seconds"], {}
-    for step in range(facts["step"], STEPS):
+    for step in range(facts["step"], steps):
         torch.manual_seed(step * RANKS + RANK)
         latents, ids = draw_batch(caches, tokens, step)
         loss = denoising_loss(model, latents, ids, alphas)
@@ -299,7 +312,7 @@ def train(minutes: float, evaluate_every: float) -> None:
         average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = learning_rate(step, steps)
         optimiser.step()
         update_average(average, model, step)
 
@@ -307,7 +320,7 @@ def train(minutes: float, evaluate_every: float) -> None:
         smooth[size] = 0.98 * smooth.get(size, loss.item()) + 0.02 * loss.item()
         facts |= {"step": step + 1, "seconds": before + now - started}
         facts["pictures"] += len(latents) * RANKS
-        last = agreed(step + 1 == STEPS or now - started > minutes * 60)
+        last = agreed(step + 1 == steps or now - started > minutes * 60)
         if RANK == 0 and step % 100 == 99:
             losses = {k: round(v, 4) for k, v in smooth.items()}
             print(f"base {step + 1} {facts['seconds']:.0f} s loss {losses}", flush=True)
@@ -325,6 +338,7 @@ def train(minutes: float, evaluate_every: float) -> None:
 def main() -> None:
     """Parse the command line; train, or only export the last checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=STEPS, help="more than before: go on training")
     parser.add_argument("--minutes", type=float, default=480, help="longest sitting")
     parser.add_argument("--evaluate-every", type=float, default=15, help="minutes")
     parser.add_argument("--export", action="store_true", help="write the last checkpoint and stop")
@@ -333,7 +347,7 @@ def main() -> None:
     if RANKS > 1:
         dist.init_process_group("gloo")
     if not arguments.export:
-        return train(arguments.minutes, arguments.evaluate_every)
+        return train(arguments.steps, arguments.minutes, arguments.evaluate_every)
     model, average = (Denoiser(tokenizer()) for _ in range(2))
     facts = resume_checkpoint(CHECKPOINT, {"model": model, "average": average})
     export(average, load_vae(), facts, FOLDER / "base.safetensors")

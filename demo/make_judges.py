@@ -114,10 +114,11 @@ def train_attributes(steps: int) -> None:
         pixels = roughened(shifted(to_pixels(pictures[rows])))
         with torch.autocast("cpu", torch.bfloat16):
             logits = reader(pixels)
-        loss = sum(
+        losses = [
             F.cross_entropy(values.float(), labels[rows, column], ignore_index=-100)
             for column, values in enumerate(logits.values())
-        )
+        ]
+        loss = torch.stack(losses).sum()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

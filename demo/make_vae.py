@@ -153,7 +153,9 @@ def train(minutes: float) -> None:
     torch.manual_seed(0)
     vae = TinyVAE().to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(vae.parameters(), PEAK_LR, betas=(0.9, 0.99), weight_decay=1e-4)
-    facts = {"seconds": 0.0} | resume_checkpoint(WORK / "vae.safetensors", {"vae": vae}, optimiser)
+    facts: dict = {"seconds": 0.0} | resume_checkpoint(
+        WORK / "vae.safetensors", {"vae": vae}, optimiser
+    )
     held_out = {kind: held_out_pictures(kind) for kind in ("sprite", "totem")}
     started = saved = time.monotonic()
     before, total = facts["seconds"], JOINT_STEPS + DECODER_STEPS
