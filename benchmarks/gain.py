@@ -4,24 +4,31 @@
 
 Runs workflows/api/demo.json through a headless ComfyUI once per (method, subject, seed) and has the
 judges of demo/judges.py score the pictures. Prints a Markdown table: means, and the mean of the
-paired differences with its 95 % interval (Student's t over subject x seed cells).
+paired differences with its 95 % interval (Student's t over subjects, each the mean of its seeds).
 """
 
 import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
+import torch
 from scipy import stats
 
 from demo.run import BASE, PERSONALIZED, WORKFLOW, adjusted, collect, judged, node_of, subject_name
 from headless import Comfy, ComfyServer
 
 METRICS = ("subject_similarity", "prompt_following")
+PROMPTS = ("a {} totem in a meadow", "a {} totem on a white background", "a {} totem at sunset")
 
 
 @dataclass(frozen=True)
@@ -40,28 +47,61 @@ class Cell:
         return scores[PERSONALIZED] - scores[BASE]
 
 
+@contextmanager
+def servers(count: int) -> Iterator[list[Comfy]]:
+    """Start servers of one thread each: small networks gain nothing from more."""
+    with ExitStack() as stack:
+        environment = {"OMP_NUM_THREADS": "1"}
+        started = [stack.enter_context(ComfyServer(env=environment)) for _ in range(count)]
+        yield [stack.enter_context(Comfy(server.url)) for server in started]
+
+
 def measure(
-    comfy: Comfy,
+    clients: Sequence[Comfy],
     methods: Sequence[str],
     subjects: Sequence[int],
     seeds: Sequence[int],
     steps: int | None = None,
 ) -> Iterator[Cell]:
-    """Train and score every cell, one after the other."""
-    known = comfy.object_info()
-    for method in methods:
-        for subject in subjects:
-            for seed in seeds:
-                prompt = json.loads(WORKFLOW.read_text())
-                options = argparse.Namespace(method=method, subject=subject, steps=steps)
-                prompt = adjusted(prompt, options, known)
-                prompt[node_of(prompt, "PersonalizeTrain")]["inputs"]["seed"] = seed
-                for node in prompt.values():  # other pictures for another seed
-                    if node["class_type"] == "KSampler":
-                        node["inputs"]["seed"] += 1000 * seed
-                pictures = collect(comfy, prompt, comfy.run(prompt))
-                scores = judged(pictures, subject_name(prompt))
-                yield Cell(method, subject, seed, *(scores[metric] for metric in METRICS))
+    """Train and score every (method, seed, subject), shared out to the clients' servers."""
+    free: SimpleQueue[Comfy] = SimpleQueue()
+    for client in clients:
+        free.put(client)
+
+    def cell(what: tuple[str, int, int]) -> Cell:
+        client = free.get()
+        try:
+            return train_and_score(client, *what, steps)
+        finally:
+            free.put(client)
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        yield from pool.map(cell, product(methods, seeds, subjects))
+
+
+def train_and_score(comfy: Comfy, method: str, seed: int, subject: int, steps: int | None) -> Cell:
+    """Run the demo's workflow once, two pictures a prompt, and judge what it saved."""
+    options = argparse.Namespace(method=method, subject=subject, steps=steps)
+    workflow = json.loads(WORKFLOW.read_text())
+    prompt = adjusted(workflow, options, comfy.object_info(), PROMPTS)
+    prompt[node_of(prompt, "PersonalizeTrain")]["inputs"]["seed"] = seed
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["seed"] = 1000 * seed
+        if node["class_type"] == "EmptyLatentImage":
+            node["inputs"]["batch_size"] = 2
+    pictures = collect(comfy, prompt, comfy.run(prompt, timeout=1800))
+    scores = judged(pictures, subject_name(prompt))
+    return Cell(method, subject, seed, *(scores[metric] for metric in METRICS))
+
+
+def by_subject(cells: Sequence[Cell], metric: str) -> list[float]:
+    """Return each subject's mean difference over its seeds."""
+    subjects = dict.fromkeys(cell.subject for cell in cells)
+    return [
+        float(np.mean([cell.difference(metric) for cell in cells if cell.subject == subject]))
+        for subject in subjects
+    ]
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
@@ -76,7 +116,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 def table(cells: Sequence[Cell]) -> str:
     """Write the Markdown table."""
     lines = [
-        "| method | metric | base | personalized | paired difference [95 % interval] | cells |",
+        "| method | metric | base | personalized | paired difference [95 % interval] | trainings |",
         "|---|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(cell.method for cell in cells):
@@ -84,7 +124,7 @@ def table(cells: Sequence[Cell]) -> str:
         for metric in METRICS:
             before = np.mean([getattr(cell, metric)[BASE] for cell in own])
             after = np.mean([getattr(cell, metric)[PERSONALIZED] for cell in own])
-            mean, low, high = interval([cell.difference(metric) for cell in own])
+            mean, low, high = interval(by_subject(own, metric))
             lines.append(
                 f"| {method} | {metric.replace('_', ' ')} | {before:.3f} | {after:.3f} "
                 f"| {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {len(own)} |"
@@ -102,17 +142,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to save the cells")
     options = parser.parse_args()
     cells: list[Cell] = []
-    with ComfyServer() as server, Comfy(server.url) as comfy:
-        numbers = (map(int, text.split(",")) for text in (options.subjects, options.seeds))
-        subjects, seeds = (list(values) for values in numbers)
-        for cell in measure(comfy, options.methods.split(","), subjects, seeds, options.steps):
+    numbers = (map(int, text.split(",")) for text in (options.subjects, options.seeds))
+    subjects, seeds = (list(values) for values in numbers)
+    with servers(min(4, os.cpu_count() or 1)) as clients:
+        for cell in measure(clients, options.methods.split(","), subjects, seeds, options.steps):
             cells.append(cell)
             print(cell, file=sys.stderr)
     print(table(cells))
     if options.json:
         result = {
             "command": " ".join(["python -m benchmarks.gain", *sys.argv[1:]]),
-            "machine": f"{platform.machine()}, {platform.system()}",
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, "
+            f"torch {torch.__version__}",
             "cells": [asdict(cell) for cell in cells],
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .token_table import VOCABULARY, text_table
+
 FOLDER = Path(__file__).parent
 TABLE_SEED, TABLE_STD = 20261121, 0.1  # of the token rows that no caption uses
 SD15_LATENT_SCALE = 0.18215  # ComfyUI's latent format: U-Net latents = VAE latents * this
 
 TEXT_CONFIG = {
-    "vocab_size": 49408,
+    "vocab_size": VOCABULARY,
     "hidden_size": 96,
     "intermediate_size": 384,
     "num_hidden_layers": 2,
@@ -134,18 +136,6 @@ def tokenizer() -> CLIPTokenizer:
             "COMFYUI_PATH is not set; point it at a ComfyUI checkout (for its tokenizer)."
         )
     return CLIPTokenizer.from_pretrained(Path(root) / "comfy" / "sd1_tokenizer")
-
-
-def text_table(rows: torch.Tensor, ids: torch.Tensor, seed: int, std: float) -> torch.Tensor:
-    """Rebuild the token table (49408, D) float32 from the rows that were trained.
-
-    rows (K, D) belong to token ids (K,); every other row is normal noise of standard deviation
-    `std`, drawn on the CPU by `torch.Generator().manual_seed(seed)`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    table = torch.randn(TEXT_CONFIG["vocab_size"], rows.shape[1], generator=generator) * std
-    table[ids.long()] = rows.float()
-    return table
 
 
 def token_ids(tokens: CLIPTokenizer, captions: list[str]) -> torch.Tensor:

@@ -38,7 +38,6 @@ from .base_model import (
     new_unet,
     noise_schedule,
     save_base,
-    text_table,
     token_ids,
     tokenizer,
 )
@@ -47,6 +46,7 @@ from .evaluate_base import accuracies, contact_sheet, fresh_prompts, sample
 from .judges import ATTRIBUTES
 from .make_judges import PARTS, attribute_targets, part_targets
 from .make_vae import PICTURES, WORK, encode_pictures, training_pictures, training_scene
+from .token_table import text_table
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 STEPS = 5000

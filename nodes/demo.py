@@ -18,7 +18,7 @@ from comfy_api.latest import io
 from safetensors import safe_open
 from torch import Tensor
 
-from ..demo.base_model import text_table
+from ..demo.token_table import text_table
 from ..demo.world import SHIPPED_SUBJECTS, subject_pictures
 from ..trainers.errors import InputError
 from .wires import CATEGORY, at
@@ -45,7 +45,7 @@ class DemoBase(io.ComfyNode):
             description="A small text-to-image model that comes with the pack, for trying things "
             "without a download: it draws shapes ('a small striped red star on a green "
             "background') and totems ('a totem in a meadow') at 128x128 pixels, and trains in a "
-            "minute on a CPU. Sample with CFG 4 and 25 steps.",
+            "few minutes on a CPU. Sample with CFG 4 and 25 steps.",
             search_aliases=["sprite base", "tiny model", "example model", "test model"],
             inputs=[],
             outputs=[

@@ -37,13 +37,13 @@ def runs_root() -> Path:
 class ReductionPatch(WeightAdapterBase):
     """PaRa's edit, for ComfyUI to apply whenever it computes a weight.
 
-    weights: (Q,), the removed directions (out, r). ComfyUI rebuilds adapters from these two
+    weights: [Q], the removed directions (out, r). ComfyUI rebuilds adapters from these two
     arguments when it has moved the weights to another device.
     """
 
     name = "personalize para"
 
-    def __init__(self, loaded_keys: set[str], weights: tuple[Tensor]):
+    def __init__(self, loaded_keys: set[str], weights: list[Tensor]):
         self.loaded_keys = loaded_keys
         self.weights = weights
 
@@ -67,7 +67,7 @@ def patch_of(edit: Edit) -> WeightAdapterBase:
         weights = (edit.up, edit.down, edit.alpha, None, None, None)
         return comfy.weight_adapter.LoRAAdapter(set(), weights)
     if isinstance(edit, RankReduction):
-        return ReductionPatch(set(), (edit.directions(),))
+        return ReductionPatch(set(), [edit.directions()])
     raise TypeError(f"no patch for {type(edit).__name__}")
 
 

@@ -16,17 +16,17 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
+from demo.run import SETTINGS, general  # noqa: E402
 from headless import Comfy, ComfyServer, fill_defaults  # noqa: E402
 
 OUT = ROOT / "workflows"
 SIDE = 510  # pixels
 TRAINING, BASE, TUNED = "demo_training", "demo_base", "demo_personalized"  # file name prefixes
-PARA = {"steps": 400, "learning_rate": 3e-3, "batch_size": 4, "rank": 4}
 Pictures = dict[str, list[Image.Image]]
 
 
 def main() -> None:
-    with ComfyServer() as server, Comfy(server.url) as comfy:
+    with ComfyServer(env={"OMP_NUM_THREADS": "1"}) as server, Comfy(server.url) as comfy:
         lora, para = run(comfy, "LoRA"), run(comfy, "PaRa")
     save("demo", [lora[TRAINING][:3], lora[BASE][:3], lora[TUNED][:3]])
     save("train_lora", [lora[TRAINING][:2], lora[TUNED][:2]])
@@ -39,8 +39,7 @@ def run(comfy: Comfy, method: str) -> Pictures:
     for node in prompt.values():
         if method != "LoRA" and node["class_type"] == "PersonalizeTrainLoRA":
             node["class_type"] = f"PersonalizeTrain{method}"
-            wires = {name: node["inputs"][name] for name in ("model", "data")}
-            node["inputs"] = {"name": "demo", **wires, **PARA}
+            node["inputs"] = general(node["inputs"]) | SETTINGS[method.lower()]
     result = comfy.run(fill_defaults(prompt, comfy.object_info()))
     pictures: Pictures = {}
     for file in result.files():

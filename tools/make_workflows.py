@@ -90,7 +90,7 @@ def loss_graph() -> Node:
 
 
 DEMO_NOTE = """\
-### Personalize in a minute
+### Personalize in a few minutes
 This graph needs none of your files: base model and pictures come with the pack.
 1. **Run** it. The base learns a character it has never seen, *a zib totem*, from four pictures.
 2. Compare **Base** with **Personalized**: same prompt, same seed.
@@ -112,7 +112,7 @@ The run is kept in `output/personalized`; *Load Personalization* brings it back 
 LORA_NOTE = """\
 Too weak: more `steps`. Stiff copies of your pictures: fewer `steps`, or a lower `rank`."""
 PARA_NOTE = """\
-PaRa takes directions away instead of adding some, so it cannot add noise. \
+PaRa takes directions away instead of adding some. \
 Not like your subject: more `steps` or `rank`. Deaf to the prompt: less `rank`."""
 
 

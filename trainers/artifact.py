@@ -119,7 +119,7 @@ def _read_header(metadata: dict[str, str], file: str, input_name: str) -> Header
 def _checked(header: Header) -> Header:
     """Raise TypeError or ValueError unless every field is of the kind that it declares."""
     for field in fields(Header):
-        kind = get_origin(field.type) or field.type
+        kind: Any = get_origin(field.type) or field.type
         value = getattr(header, field.name)
         if type(value) is not kind:
             raise TypeError(f"{field.name} is {type(value).__name__}, not {kind.__name__}")

@@ -116,7 +116,7 @@ class Settings:
     )
     gradient_checkpointing: bool = knob(
         False,
-        "Recompute activations instead of keeping them: much less memory, about a third slower.",
+        "Recompute activations instead of keeping them: much less memory, slower steps.",
         advanced=True,
     )
     precision: str = knob(
