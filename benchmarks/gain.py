@@ -116,7 +116,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 def table(cells: Sequence[Cell]) -> str:
     """Write the Markdown table."""
     lines = [
-        "| method | metric | base | personalized | paired difference [95 % interval] | trainings |",
+        "| method | metric | base | personalized | difference [95 % interval] | raised in |",
         "|---|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(cell.method for cell in cells):
@@ -124,10 +124,11 @@ def table(cells: Sequence[Cell]) -> str:
         for metric in METRICS:
             before = np.mean([getattr(cell, metric)[BASE] for cell in own])
             after = np.mean([getattr(cell, metric)[PERSONALIZED] for cell in own])
+            raised = sum(cell.difference(metric) > 0 for cell in own)
             mean, low, high = interval(by_subject(own, metric))
             lines.append(
                 f"| {method} | {metric.replace('_', ' ')} | {before:.3f} | {after:.3f} "
-                f"| {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {len(own)} |"
+                f"| {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {raised} of {len(own)} |"
             )
     return "\n".join(lines)
 

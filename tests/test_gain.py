@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.gain import by_subject, interval, measure, servers
+from benchmarks.gain import by_subject, measure, servers
 
 pytestmark = pytest.mark.slow
 SUBJECTS = (1, 2, 3)
@@ -23,6 +23,5 @@ def test_the_personalised_model_beats_the_base(clients, method, seeds, record_pr
     record_property("prompt_following", [cell.prompt_following for cell in cells])
     gains = by_subject(cells, "subject_similarity")
     assert len(cells) == len(SUBJECTS) * len(seeds)
+    assert all(cell.difference("subject_similarity") > 0 for cell in cells)
     assert all(gain > 0.1 for gain in gains)
-    _, low, _ = interval(gains)
-    assert low > 0

@@ -1,0 +1,156 @@
+"""What does training far too long do? One run, sampled at several of its checkpoints.
+
+    python -m benchmarks.overfit --subject 1 --checkpoints 100,400,1600 --json overfit.json
+
+Prints, for the base and every checkpoint: likeness of the subject; how prompts of the subject and
+of other sprites are followed; and copying: the correlation (32x32 pixels, centred) of a sample
+with the training picture most like it, beside the same for held-out pictures of the subject.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from demo.judges import AttributeReader, SubjectJudge
+from demo.report import Picture, tensor
+from headless import Comfy, ComfyServer, fill_defaults
+from headless.client import Prompt, Result
+
+SUBJECT_PROMPTS = ("a zib totem in a meadow", "a zib totem on a white background")
+OTHER_PROMPTS = (
+    "a big striped red star on a green background",
+    "a big plain blue circle on a white background",
+    "a big dotted yellow heart at night",
+)
+SEEDS = 4  # pictures per prompt
+
+
+class Graph(dict):
+    """A prompt in API format; `add` returns the id of the node it adds."""
+
+    def add(self, class_type: str, **inputs: Any) -> str:
+        """Add a node; (id, n) in `inputs` is the n-th output of another."""
+        node = str(len(self) + 1)
+        links = {k: list(v) if isinstance(v, tuple) else v for k, v in inputs.items()}
+        self[node] = {"class_type": class_type, "inputs": links}
+        return node
+
+    def picture(self, base: str, model: tuple[str, int], text: str) -> str:
+        """Add a stock sampling of `text`; return the id of its Save Image node."""
+        positive = self.add("CLIPTextEncode", clip=(base, 1), text=text)
+        negative = self.add("CLIPTextEncode", clip=(base, 1), text="")
+        latent = self.add("EmptyLatentImage", width=128, height=128, batch_size=SEEDS)
+        wires = {"positive": (positive, 0), "negative": (negative, 0), "latent_image": (latent, 0)}
+        how = {"seed": 0, "steps": 25, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
+        sampled = self.add("KSampler", model=model, **wires, **how)
+        decoded = self.add("VAEDecode", samples=(sampled, 0), vae=(base, 2))
+        return self.add("SaveImage", images=(decoded, 0), filename_prefix="overfit")
+
+
+def workflow(subject: int, checkpoints: list[int], settings: dict[str, Any]) -> tuple[Graph, Graph]:
+    """Return the prompt that trains, and the one that samples what it left."""
+    training, sampling = Graph(), Graph()
+    base = training.add("PersonalizeDemoBase")
+    drawn = training.add("PersonalizeDemoSubject", subject=subject, count=4)
+    wires = {"clip": (base, 1), "vae": (base, 2), "images": (drawn, 0), "captions": (drawn, 1)}
+    data = training.add("PersonalizeDataset", resolution=128, **wires)
+    how = {"name": "overfit", "steps": checkpoints[-1], "save_every": checkpoints[0], **settings}
+    training.add("PersonalizeTrainLoRA", model=(base, 0), data=(data, 0), **how)
+
+    base = sampling.add("PersonalizeDemoBase")
+    models = {0: (base, 0)}
+    for step in checkpoints:
+        inputs = {"model": (base, 0), "run": "overfit", "checkpoint": f"step {step}"}
+        models[step] = (sampling.add("PersonalizeLoad", **inputs, strength=1.0), 0)
+    for step, model in models.items():
+        for text in (*SUBJECT_PROMPTS, *OTHER_PROMPTS):
+            node = sampling.picture(base, model, text)
+            sampling[node]["_meta"] = {"title": f"{step}|{text}"}
+    for split, count in (("training", 4), ("held-out", 4)):
+        drawn = sampling.add("PersonalizeDemoSubject", subject=subject, count=count, split=split)
+        node = sampling.add("SaveImage", images=(drawn, 0), filename_prefix="overfit")
+        sampling[node]["_meta"] = {"title": f"{split}|"}
+    return training, sampling
+
+
+def images(comfy: Comfy, prompt: Prompt, result: Result) -> dict[tuple[str, str], Tensor]:
+    """Return the pictures by (step or split, prompt), (N, H, W, 3) in [0, 1] each."""
+    found = {}
+    for node, spec in prompt.items():
+        if spec["class_type"] == "SaveImage":
+            step, _, text = spec["_meta"]["title"].partition("|")
+            files = [comfy.image(file).convert("RGB") for file in result.files(node)]
+            found[step, text] = tensor([Picture(image, text) for image in files])
+    return found
+
+
+def copying(samples: Tensor, pictures: Tensor) -> float:
+    """Return the mean over samples of the correlation with the picture most like it, in [-1, 1]."""
+
+    def small(x: Tensor) -> Tensor:
+        x = F.interpolate(x.movedim(-1, 1), size=32, mode="area").flatten(1)
+        return F.normalize(x - x.mean(1, keepdim=True), dim=1)
+
+    return float((small(samples) @ small(pictures).mT).amax(1).mean())
+
+
+def scores(found: dict[tuple[str, str], Tensor], step: str) -> dict[str, float]:
+    """Judge the samples of one checkpoint."""
+    reader, judge = AttributeReader.load(), SubjectJudge.load()
+
+    def following(texts: tuple[str, ...]) -> float:
+        samples = torch.cat([found[step, text] for text in texts])
+        said = [text for text in texts for _ in range(SEEDS)]
+        return float(torch.as_tensor(reader.prompt_following(samples, said)).float().mean())
+
+    subject = torch.cat([found[step, text] for text in SUBJECT_PROMPTS])
+    held_out = found["held-out", ""]
+    return {
+        "subject_similarity": float(judge.similarity(subject, held_out).mean()),
+        "following_subject": following(SUBJECT_PROMPTS),
+        "following_others": following(OTHER_PROMPTS),
+        "copying_training": copying(subject, found["training", ""]),
+        "copying_held_out": copying(subject, held_out),
+    }
+
+
+def main() -> None:
+    """Parse the command line, train, sample, print and save."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overfit", description=__doc__)
+    parser.add_argument("--subject", type=int, default=1)
+    parser.add_argument("--checkpoints", default="100,400,1600", help="multiples of the first")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--layers", default="all")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    checkpoints = [int(step) for step in options.checkpoints.split(",")]
+    settings = {
+        "learning_rate": options.learning_rate,
+        "rank": options.rank,
+        "layers": options.layers,
+        "batch_size": 2,
+    }
+    environment = {"OMP_NUM_THREADS": "1"}
+    with ComfyServer(env=environment) as server, Comfy(server.url, timeout=14_400) as comfy:
+        training, sampling = workflow(options.subject, checkpoints, settings)
+        comfy.run(fill_defaults(training, comfy.object_info()))
+        sampling = fill_defaults(sampling, comfy.object_info())
+        found = images(comfy, sampling, comfy.run(sampling))
+    rows = {step: scores(found, str(step)) for step in (0, *checkpoints)}
+    names = list(rows[0])
+    print("| step | " + " | ".join(name.replace("_", " ") for name in names) + " |")
+    print("|---" * (len(names) + 1) + "|")
+    for step, row in rows.items():
+        print(f"| {step or 'base'} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |")
+    if options.json:
+        options.json.write_text(json.dumps({"settings": settings, "steps": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
