@@ -3,8 +3,8 @@
     python -m benchmarks.overfit --subject 1 --checkpoints 100,400,1600 --json overfit.json
 
 Prints, for the base and every checkpoint: likeness of the subject; how prompts of the subject and
-of other sprites are followed; and copying: the correlation (32x32 pixels, centred) of a sample
-with the training picture most like it, beside the same for held-out pictures of the subject.
+of other sprites are followed; and copying: the correlation of a sample's silhouette (32x32 pixels)
+with that of the training picture most like it, beside the same for as many held-out pictures.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from demo.judges import AttributeReader, SubjectJudge
@@ -90,13 +91,28 @@ def images(comfy: Comfy, prompt: Prompt, result: Result) -> dict[tuple[str, str]
 
 
 def copying(samples: Tensor, pictures: Tensor) -> float:
-    """Return the mean over samples of the correlation with the picture most like it, in [-1, 1]."""
+    """Return the mean over samples of the correlation with the silhouette most like it."""
 
-    def small(x: Tensor) -> Tensor:
-        x = F.interpolate(x.movedim(-1, 1), size=32, mode="area").flatten(1)
-        return F.normalize(x - x.mean(1, keepdim=True), dim=1)
+    def silhouettes(x: Tensor) -> Tensor:
+        background = (x[:, :, :4].mean(2, keepdim=True) + x[:, :, -4:].mean(2, keepdim=True)) / 2
+        shown = ((x - background).abs().amax(-1) > 0.15).float()[:, None]
+        flat = F.interpolate(shown, size=32, mode="area").flatten(1)
+        return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
 
-    return float((small(samples) @ small(pictures).mT).amax(1).mean())
+    return float((silhouettes(samples) @ silhouettes(pictures).mT).amax(1).mean())
+
+
+def sheet(found: dict[tuple[str, str], Tensor], steps: list[int], path: Path) -> None:
+    """Write the training pictures above two samples of every prompt, a row per checkpoint."""
+    rows = [
+        [found[str(step), text][:2] for text in (*SUBJECT_PROMPTS, *OTHER_PROMPTS)]
+        for step in steps
+    ]
+    samples = [torch.cat([picture for pair in row for picture in pair], 1) for row in rows]
+    top = torch.cat(list(found["training", ""]), 1)
+    top = F.pad(top, (0, 0, 0, samples[0].shape[1] - top.shape[1]), value=1.0)
+    page = (torch.cat([top, *samples]) * 255).byte().numpy()
+    Image.fromarray(page).save(path, optimize=True)
 
 
 def scores(found: dict[tuple[str, str], Tensor], step: str) -> dict[str, float]:
@@ -128,6 +144,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--layers", default="all")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--sheet", type=Path, help="where to save a picture of the samples")
     options = parser.parse_args()
     checkpoints = [int(step) for step in options.checkpoints.split(",")]
     settings = {
@@ -148,6 +165,8 @@ def main() -> None:
     print("|---" * (len(names) + 1) + "|")
     for step, row in rows.items():
         print(f"| {step or 'base'} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |")
+    if options.sheet:
+        sheet(found, list(rows), options.sheet)
     if options.json:
         options.json.write_text(json.dumps({"settings": settings, "steps": rows}, indent=1) + "\n")
 
