@@ -99,7 +99,7 @@ class Dataset(io.ComfyNode):
     @torch.no_grad()
     def execute(cls, images, clip, vae, prior_images=None, **widgets) -> io.NodeOutput:
         with at(cls):
-            request = Request(**{name: value for name, value in widgets.items()})
+            request = Request(**widgets)
             pictures = unpack("images", images)
             prior = unpack("prior_images", prior_images) if prior_images else []
             request.check(pictures, prior)
