@@ -1,6 +1,7 @@
 """Personal Dataset: pictures and captions in, latents and text states out; all problems at once."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.utils
@@ -211,9 +212,10 @@ def prepare(
 
     def example(picture: Tensor, caption: str) -> Example:
         pixels = fitted(opaque(picture), side, fit)
-        latent = vae.encode(pixels[None])[0].clone().float().cpu()
+        channels_first = pixels.movedim(-1, 0) * 2 - 1
+        latent = encode_pixels(vae, channels_first[None])[0]
         progress.update(1)
-        return Example(pixels.movedim(-1, 0) * 2 - 1, latent, caption, texts[caption])
+        return Example(channels_first, latent, caption, texts[caption])
 
     examples = [example(p, c) for p, c in zip(pictures, captions, strict=True)]
     kept = len(examples) - request.hold_out[0]
@@ -224,6 +226,7 @@ def prepare(
         empty_context=texts[""],
         instance_prompt=request.instance_prompt[0],
         class_prompt=request.class_prompt[0],
+        encode=partial(encode_pixels, vae),
     )
 
 
@@ -240,6 +243,12 @@ def fitted(picture: Tensor, side: int, fit: str) -> Tensor:
         channels_first = torch.nn.functional.pad(channels_first, margins, mode="replicate")
     scaled = comfy.utils.common_upscale(channels_first, side, side, "lanczos", "center")
     return scaled[0].movedim(0, -1).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
+    """Return the latents of pixels (N, 3, H, W) in [-1, 1]: (N, C, h, w), fp32 on the CPU."""
+    return vae.encode((pixels.movedim(1, -1) + 1) / 2).clone().float().cpu()
 
 
 def encode_text(clip: Any, text: str) -> Tensor:

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..trainers.artifact import Personalization
-from ..trainers.edits import Edit, LowRank, RankReduction, remove_directions
+from ..trainers.edits import Difference, Edit, LowRank, RankReduction, remove_directions
 from ..trainers.errors import InputError
 from ..trainers.methods import METHODS
 from ..trainers.run import Run, list_runs
@@ -61,13 +61,15 @@ class ReductionPatch(WeightAdapterBase):
         return remove_directions(weight, self.weights[0], strength)
 
 
-def patch_of(edit: Edit) -> WeightAdapterBase:
-    """Return the patch of an edit: ComfyUI's own for LoRA, ours for the rest."""
+def patch_of(edit: Edit) -> WeightAdapterBase | tuple:
+    """Return the patch of an edit: ComfyUI's own where it has one."""
     if isinstance(edit, LowRank):
         weights = (edit.up, edit.down, edit.alpha, None, None, None)
         return comfy.weight_adapter.LoRAAdapter(set(), weights)
     if isinstance(edit, RankReduction):
         return ReductionPatch(set(), [edit.directions()])
+    if isinstance(edit, Difference):
+        return ("diff", (edit.delta,))
     raise TypeError(f"no patch for {type(edit).__name__}")
 
 

@@ -162,7 +162,9 @@ class Session:
         """Put a step into the history, on the screen and, when its turn has come, on disk."""
         assert self.run is not None
         self.losses.append(step.loss)
-        self.run.log(step=step.index, loss=step.loss, learning_rate=step.learning_rate)
+        self.run.log(
+            step=step.index, loss=step.loss, learning_rate=step.learning_rate, **step.facts
+        )
         every = self.method.settings.save_every
         if every and step.index % every == 0:
             kept = Personalization.of(header, step.learned(), step.index)
@@ -233,6 +235,7 @@ def in_network_scale(data: PersonalData, model: ModelPatcher, denoiser: Denoiser
         training=scaled(data.training),
         held_out=scaled(data.held_out),
         prior=scaled(data.prior),
+        encode=lambda pixels: model.model.process_latent_in(data.encode(pixels)),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from personalize.trainers.edits import to_tensors
 from personalize.trainers.errors import InputError
 from personalize.trainers.loop import adapt, train
-from personalize.trainers.method import Draws, Method, generator
+from personalize.trainers.method import Draws, Method, Objective, generator
 from personalize.trainers.methods import METHODS
 from personalize.trainers.methods.lora import LoRA
 from tests.tiny import make, run, same, tiny_data, tiny_denoiser, tiny_unet
@@ -51,7 +51,7 @@ def one_step(clipping: float) -> tuple[float, float]:
     before = [p.detach().clone() for p in parameters]
     batch = method.draw(tiny_data(), denoiser, Draws(0, 0, 0, 1))
     optimizer = torch.optim.SGD(parameters, lr=1.0)
-    method.update([lambda: method.loss(denoiser, batch)], optimizer)
+    method.update([Objective(method, denoiser, batch)], optimizer)
     moved = torch.cat([(p - b).flatten() for p, b in zip(parameters, before, strict=True)])
     used = torch.cat([p.grad.flatten() for p in parameters])
     return float(used.norm()), float(moved.detach().norm())

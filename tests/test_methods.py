@@ -3,20 +3,19 @@
 import dataclasses
 import importlib.util
 import random
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from personalize.trainers.artifact import Header, Personalization
-from personalize.trainers.edits import from_tensors, to_tensors
+from personalize.trainers.edits import from_tensors, parameter_name, to_tensors
 from personalize.trainers.errors import InputError
 from personalize.trainers.loop import adapt, train
-from personalize.trainers.method import Draws, assemble
+from personalize.trainers.method import Draws, Objective, assemble
 from personalize.trainers.methods import METHODS
 from personalize.trainers.optimizers import OPTIMIZERS
-from personalize.trainers.sites import PRESETS, sites
+from personalize.trainers.sites import parameter_sites, sites
 from tests.tiny import (
     distance,
     edited,
@@ -46,6 +45,11 @@ def trained(request):
 
 def has(method, name: str) -> bool:
     return name in {field.name for field in dataclasses.fields(method.Settings)}
+
+
+def choices(method, name: str) -> tuple:
+    fields = {field.name: field for field in dataclasses.fields(method.Settings)}
+    return fields[name].metadata["choices"] if name in fields else ()
 
 
 def base_weights(unet) -> dict:
@@ -211,7 +215,7 @@ def test_a_file_gives_the_same_edits_back(trained, tmp_path):
     header = Header(chosen.name, 0, chosen.settings.as_dict(), {}, "a zib totem", "", "0" * 16)
     Personalization.of(header, step.learned(), step.index).save(tmp_path / "a.safetensors")
     loaded = Personalization.load(tmp_path / "a.safetensors")
-    edits, left = loaded.edits(sites(tiny_unet(), "all"))
+    edits, left = loaded.edits(parameter_sites(tiny_unet()))
     assert not left and loaded.header.step == step.index == 5
     for site, edit in step.learned().items():
         assert type(edits[site]) is type(edit)
@@ -221,7 +225,7 @@ def test_a_file_gives_the_same_edits_back(trained, tmp_path):
 
 def test_edits_on_the_plain_weights_are_the_trained_network(trained):
     _, denoiser, step = trained
-    edits, left = from_tensors(to_tensors(step.learned()), sites(tiny_unet(), "all"))
+    edits, left = from_tensors(to_tensors(step.learned()), parameter_sites(tiny_unet()))
     plain = tiny_denoiser()
     edited(plain.unet, edits)
     with torch.no_grad():
@@ -233,7 +237,7 @@ def test_strength_zero_is_the_very_weight(trained):
     _, _, step = trained
     plain = tiny_unet()
     for site, edit in step.learned().items():
-        weight = plain.get_submodule(site).weight
+        weight = plain.get_parameter(parameter_name(site))
         assert edit.apply(weight, 0.0) is weight
         assert edit.fits(weight.shape)
 
@@ -243,7 +247,7 @@ def test_an_edit_keeps_the_weights_shape_and_type(trained):
     plain = tiny_unet()
     for site, edit in step.learned().items():
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            weight = plain.get_submodule(site).weight.to(dtype)
+            weight = plain.get_parameter(parameter_name(site)).to(dtype)
             after = edit.apply(weight, 0.5)
             assert after.shape == weight.shape and after.dtype == dtype
             assert torch.isfinite(after).all()
@@ -266,15 +270,17 @@ def test_two_half_batches_move_like_the_whole_batch(method):
     whole = make(method, batch_size=4).draw(data, tiny_denoiser(), Draws(3, 0, 0, 1))
     halves = [
         dataclasses.replace(
-            whole, **{n: t[i : i + 2] * (2 if n == "weight" else 1) for n, t in vars(whole).items()}
+            whole,
+            **{n: t[i : i + 2] for n, t in vars(whole).items() if torch.is_tensor(t)},
         )
         for i in (0, 2)
     ]
+    halves = [dataclasses.replace(half, weight=half.weight * 2) for half in halves]
     for batches in ([whole], halves):
         chosen, denoiser = make(method, gradient_clipping=0.0), tiny_denoiser()
         parameters = adapt(chosen, denoiser.unet)
         optimizer = torch.optim.SGD(parameters, lr=0.1)
-        objectives = [partial(chosen.loss, denoiser, batch) for batch in batches]
+        objectives = [Objective(chosen, denoiser, batch) for batch in batches]
         loss = chosen.update(objectives, optimizer)
         gradients = torch.cat([p.grad.flatten() for p in parameters])
         results.append((float(loss), gradients))
@@ -315,10 +321,10 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(method):
         assert distance(results[1][key], tensor) <= 1e-5, key
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "method, preset", [(m, p) for m in METHODS.values() for p in choices(m, "layers")]
+)
 def test_every_choice_of_layers_trains_just_those(method, preset):
-    if not has(method, "layers"):
-        pytest.skip(f"{method.title} has no choice of layers")
     denoiser = tiny_denoiser()
     step = run(make(method, layers=preset, steps=2), denoiser)[-1]
     assert list(step.learned()) == sites(tiny_unet(), preset)
@@ -328,9 +334,8 @@ def test_every_choice_of_layers_trains_just_those(method, preset):
         assert distance(plain(*question()), denoiser(*question())) <= 1e-4
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if has(m, "rank")])
 def test_a_rank_above_the_narrowest_layer_is_refused(method):
-    if not has(method, "rank"):
-        pytest.skip(f"{method.title} has no rank")
     with pytest.raises(InputError, match=r"'rank' is 33, .* 32 wide; give at most 32") as error:
         run(make(method, rank=33), tiny_denoiser())
     assert error.value.input_name == "rank"
@@ -442,7 +447,13 @@ def test_contexts_of_different_lengths_are_repeated_to_one(method):
     data = dataclasses.replace(data, training=(longer, data.training[1]))
     draws = Draws(0, 0, 0, 1)
     batch = assemble(
-        data, list(data.training), torch.ones(2), make(method).settings, denoiser, draws
+        data,
+        list(data.training),
+        torch.ones(2),
+        torch.ones(2).bool(),
+        make(method).settings,
+        denoiser,
+        draws,
     )
     assert batch.context.shape == (2, 14, 32)
     assert torch.equal(batch.context[1, :7], batch.context[1, 7:])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from personalize.trainers.data import Example, PersonalData
 from personalize.trainers.denoiser import Denoiser
-from personalize.trainers.edits import Edit
+from personalize.trainers.edits import Edit, parameter_name
 from personalize.trainers.loop import Step, train
 from personalize.trainers.method import Method
 
@@ -66,6 +66,12 @@ def example(seed: int) -> Example:
     )
 
 
+def encode(pixels: Tensor) -> Tensor:
+    """Stand for a VAE: (N, 3, H, W) to (N, 4, H / 8, W / 8), linear."""
+    mix = noise(4, 3, seed=4000)
+    return torch.einsum("lc,nchw->nlhw", mix, torch.nn.functional.avg_pool2d(pixels, 8)) * 8
+
+
 def tiny_data(count: int = 3, prior: int = 0, held_out: int = 0) -> PersonalData:
     """Make data of random examples."""
     return PersonalData(
@@ -75,6 +81,7 @@ def tiny_data(count: int = 3, prior: int = 0, held_out: int = 0) -> PersonalData
         empty_context=noise(7, WIDTH, seed=3000),
         instance_prompt="a zib totem",
         class_prompt="a totem" if prior else "",
+        encode=encode,
     )
 
 
@@ -104,8 +111,8 @@ def edited(unet: UNet2DConditionModel, edits: dict[str, Edit], strength: float =
     """Write edits into the plain weights of a U-Net."""
     with torch.no_grad():
         for site, edit in edits.items():
-            layer = unet.get_submodule(site)
-            layer.weight.copy_(edit.apply(layer.weight, strength))
+            weight = unet.get_parameter(parameter_name(site))
+            weight.copy_(edit.apply(weight, strength))
 
 
 def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,9 @@ class Example:
 class PersonalData:
     """The pictures of a subject, those held out, and pictures of its class.
 
-    `empty_context` (L, D) is the text states of the empty caption.
+    `empty_context` (L, D) is the text states of the empty caption. `encode` is the VAE, for what is
+    drawn while training (augmented, or of another size): pixels (N, 3, H, W) in [-1, 1] to latents
+    (N, C, h, w) on the CPU, in the scale of the examples' own.
     """
 
     training: tuple[Example, ...]
@@ -31,6 +35,7 @@ class PersonalData:
     empty_context: Tensor
     instance_prompt: str
     class_prompt: str
+    encode: Callable[[Tensor], Tensor]
 
     def fingerprint(self) -> str:
         """Return a hash of all pictures and captions, 16 hex digits."""
@@ -52,10 +57,15 @@ class Batch:
     timesteps: Tensor  # (B,) int in [0, T)
     context: Tensor  # (B, L, D)
     weight: Tensor  # (B,) share of each example in the loss
+    of_subject: Tensor  # (B,) bool: not a prior picture
+    seed: int  # of what else is random while this batch is looked at, such as weights
 
     def to(self, device: torch.device) -> "Batch":
         """Move every tensor."""
-        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)
+        }
+        return replace(self, **moved)
 
 
 def stack_contexts(contexts: list[Tensor]) -> Tensor:

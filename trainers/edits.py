@@ -1,7 +1,8 @@
 """Edits: what a checkpoint does to a weight, as pure functions of that weight.
 
 An edit is all that a loader needs: it knows nothing of methods, networks or ComfyUI. Convolutions
-(out, in, kh, kw) are edited as matrices (out, in*kh*kw).
+(out, in, kh, kw) are edited as matrices (out, in*kh*kw). A site is the path of a layer, for its
+weight, or `<layer>.bias`.
 """
 
 from dataclasses import dataclass
@@ -111,21 +112,50 @@ def remove_directions(weight: Tensor, q: Tensor, strength: float = 1.0) -> Tenso
     return (matrix - strength * (q @ (q.mT @ matrix))).reshape(weight.shape).to(weight.dtype)
 
 
-KINDS = (LowRank, RankReduction)
+@dataclass(frozen=True)
+class Difference:
+    """Free weights: W' = W + s D, for a weight or bias of any shape."""
+
+    delta: Tensor
+    suffixes: ClassVar = ("diff",)
+
+    def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        if strength == 0.0:
+            return weight
+        return (weight.float() + strength * self.delta.to(weight.device)).to(weight.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(zip(self.suffixes, (self.delta,), strict=True))
+
+    @classmethod
+    def from_tensors(cls, delta: Tensor) -> "Difference":
+        return cls(delta)
+
+    def fits(self, shape: torch.Size) -> bool:
+        return self.delta.shape == shape
+
+
+KINDS = (LowRank, RankReduction, Difference)
 
 
 def to_tensors(edits: dict[str, Edit]) -> dict[str, Tensor]:
-    """Name the tensors of edits by site, as LoRA files do: `lora_unet_<site with _>.<suffix>`."""
+    """Name the tensors of edits by site, as LoRA files do (see `file_name`)."""
     return {
-        f"{file_name(site)}.{suffix}": tensor.detach().cpu().contiguous()
+        file_name(site, suffix): tensor.detach().cpu().contiguous()
         for site, edit in edits.items()
         for suffix, tensor in edit.tensors().items()
     }
 
 
-def file_name(site: str) -> str:
-    """Return the name of a U-Net layer (diffusers' path) in a file."""
-    return "lora_unet_" + site.replace(".", "_")
+def file_name(site: str, suffix: str) -> str:
+    """Return a tensor's name in a file: `lora_unet_<layer with _>.<suffix>`, `_b` for a bias."""
+    layer = site.removesuffix(".bias")
+    return f"lora_unet_{layer.replace('.', '_')}.{suffix}{'_b' if layer != site else ''}"
+
+
+def parameter_name(site: str) -> str:
+    """Return the name of the parameter that a site stands for."""
+    return site if site.endswith(".bias") else site + ".weight"
 
 
 def from_tensors(tensors: dict[str, Tensor], sites: list[str]) -> tuple[dict[str, Edit], list[str]]:
@@ -136,9 +166,8 @@ def from_tensors(tensors: dict[str, Tensor], sites: list[str]) -> tuple[dict[str
     edits: dict[str, Edit] = {}
     left = dict(tensors)
     for site in sites:
-        prefix = file_name(site) + "."
         for kind in KINDS:
-            names = [prefix + suffix for suffix in kind.suffixes]
+            names = [file_name(site, suffix) for suffix in kind.suffixes]
             if all(name in left for name in names):
                 edits[site] = kind.from_tensors(*(left.pop(name) for name in names))
     return edits, sorted(left)

@@ -25,6 +25,7 @@ class Step:
     index: int  # 1 for the first
     loss: float
     learning_rate: float
+    facts: dict[str, float]  # what the method has to tell besides, by name
     learned: Callable[[], dict[str, Edit]]  # a snapshot of what is learned so far (the EMA, if on)
 
 
@@ -72,7 +73,7 @@ def train(method: Method, denoiser: Denoiser, data: PersonalData) -> Generator[S
         schedule.step()
         if average is not None:
             average.step(parameters)
-        yield Step(index + 1, loss, rate, learned)
+        yield Step(index + 1, loss, rate, method.facts(), learned)
 
 
 def adapt(method: Method, unet: UNet2DConditionModel) -> list[nn.Parameter]:
@@ -93,9 +94,9 @@ def adapt(method: Method, unet: UNet2DConditionModel) -> list[nn.Parameter]:
 def draw_objectives(
     method: Method, denoiser: Denoiser, data: PersonalData, step: int
 ) -> Iterator[Objective]:
-    """Draw the batches of one step; each becomes a closure that evaluates its loss."""
+    """Draw the batches of one step; each becomes an objective."""
     parts = method.settings.gradient_accumulation
     for part in range(parts):
         draws = Draws(method.settings.seed, step, part, parts)
         batch = method.draw(data, denoiser, draws).to(denoiser.device)
-        yield lambda batch=batch: method.loss(denoiser, batch)
+        yield Objective(method, denoiser, batch)

@@ -5,7 +5,8 @@ Every default is the plain answer of DreamBooth-LoRA.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,8 +17,6 @@ from .data import Batch, Example, PersonalData, stack_contexts
 from .denoiser import Denoiser
 from .edits import Edit
 from .settings import Settings as CommonSettings
-
-Objective = Callable[[], Tensor]  # evaluates the loss of one batch, scalar
 
 
 class Method:
@@ -46,7 +45,8 @@ class Method:
         prior = draws.examples(data.prior, s.batch_size) if data.prior else []
         weights = [1.0] * len(shown) + [s.prior_weight] * len(prior)
         weight = torch.tensor(weights) / len(shown)
-        return assemble(data, shown + prior, weight, s, denoiser, draws)
+        of_subject = torch.arange(len(weights)) < len(shown)
+        return assemble(data, shown + prior, weight, of_subject, s, denoiser, draws)
 
     def loss(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """What is asked: mean loss on the subject + prior weight * the same on its class."""
@@ -55,7 +55,7 @@ class Method:
             weight = weight * denoiser.min_snr_weight(batch.timesteps, self.settings.min_snr_gamma)
         return (weight * denoising_loss(denoiser, batch)).sum()
 
-    def update(self, objectives: Sequence[Objective], optimizer: torch.optim.Optimizer) -> Tensor:
+    def update(self, objectives: Sequence["Objective"], optimizer: torch.optim.Optimizer) -> Tensor:
         """How it moves: back-propagate the objectives' mean, clip, step. Returns that mean.
 
         NaN means that the loss or a gradient is not finite, and no step was taken.
@@ -73,6 +73,22 @@ class Method:
         optimizer.step()
         return total
 
+    def facts(self) -> dict[str, float]:
+        """Return what the last step has to tell besides its loss, by name, for the history."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of one batch, evaluated when called: scalar."""
+
+    method: Method
+    denoiser: Denoiser
+    batch: Batch
+
+    def __call__(self) -> Tensor:
+        return self.method.loss(self.denoiser, self.batch)
+
 
 class Draws:
     """The random choices of one batch, from (seed, step, part) alone: nothing to save or restore.
@@ -82,6 +98,7 @@ class Draws:
 
     def __init__(self, seed: int, step: int, part: int, parts: int):
         self.seed = seed
+        self.step = step  # 0 for the first
         self.index = step * parts + part  # of this batch in the run
         self.generator = generator(seed, 1, self.index)
 
@@ -105,6 +122,7 @@ def assemble(
     data: PersonalData,
     examples: list[Example],
     weight: Tensor,
+    of_subject: Tensor,
     settings: CommonSettings,
     denoiser: Denoiser,
     draws: Draws,
@@ -121,7 +139,8 @@ def assemble(
         data.empty_context if drop else example.context
         for drop, example in zip(unsaid.tolist(), examples, strict=True)
     ]
-    return Batch(latents, noise, timesteps, stack_contexts(contexts), weight)
+    seed = generator(draws.seed, 4, draws.index).initial_seed()
+    return Batch(latents, noise, timesteps, stack_contexts(contexts), weight, of_subject, seed)
 
 
 def denoising_loss(denoiser: Denoiser, batch: Batch) -> Tensor:

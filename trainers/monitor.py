@@ -24,6 +24,7 @@ def stable_loss(denoiser: Denoiser, examples: Sequence[Example]) -> float:
         latents = example.latent.expand(TIMESTEPS, *example.latent.shape)
         noise = torch.randn(latents.shape, generator=generator(0, 3, index))
         context = example.context.expand(TIMESTEPS, *example.context.shape)
-        batch = Batch(latents, noise, timesteps, context, torch.ones(TIMESTEPS))
+        ones = torch.ones(TIMESTEPS)
+        batch = Batch(latents, noise, timesteps, context, ones, ones.bool(), seed=0)
         losses.append(denoising_loss(denoiser, batch.to(denoiser.device)).mean())
     return float(torch.stack(losses).mean())

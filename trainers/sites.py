@@ -1,6 +1,7 @@
 """Where a method may work: the layers of a diffusers U-Net by role. The one place that knows."""
 
 import re
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -14,33 +15,50 @@ ROLES = {
     "projection": r"\.attentions\.\d+\.proj_(in|out)$",
     "resnet": r"\.(resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.0\.conv)$",
     "time": r"(^time_embedding\.linear_\d|\.time_emb_proj)$",
+    "attention norm": r"\.transformer_blocks\.\d+\.norm[12]$",
+    "norm": r"(\.transformer_blocks\.\d+\.norm3|\.attentions\.\d+\.norm|\.resnets\.\d+\.norm\d"
+    r"|^conv_norm_out)$",
+    "door": r"^conv_(in|out)$",
 }
 
-# what a user chooses from
+# what a user chooses from: layers with a matrix to change
 PRESETS = {
     "attention": ("self-attention", "cross-attention"),
     "self-attention": ("self-attention",),
     "cross-attention": ("cross-attention",),
     "transformer": ("self-attention", "cross-attention", "feed-forward", "projection"),
     "all but cross-attention": ("self-attention", "feed-forward", "projection", "resnet", "time"),
-    "all": tuple(ROLES),
+    "all": (
+        "self-attention",
+        "cross-attention",
+        "feed-forward",
+        "projection",
+        "resnet",
+        "time",
+    ),
 }
 
 
 def sites(unet: nn.Module, preset: str) -> list[str]:
-    """List the Linear and Conv2d layers of `unet` that belong to a preset, in module order.
+    """List the layers of `unet` that belong to a preset, in module order.
 
     Raises InputError when the network has none.
     """
-    roles = [re.compile(ROLES[role]) for role in PRESETS[preset]]
-    found = [
-        name
-        for name, module in unet.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and any(r.search(name) for r in roles)
-    ]
+    found = layers_of(unet, PRESETS[preset])
     if not found:
         raise InputError("layers", f"is '{preset}', but this base has no such layers.")
     return found
+
+
+def layers_of(unet: nn.Module, roles: Iterable[str]) -> list[str]:
+    """List the layers that have one of the roles, in module order."""
+    patterns = [re.compile(ROLES[role]) for role in roles]
+    return [name for name, _ in unet.named_modules() if any(p.search(name) for p in patterns)]
+
+
+def parameter_sites(unet: nn.Module) -> list[str]:
+    """List every site of a plain network: `<layer>` is its weight, `<layer>.bias` its bias."""
+    return [name.removesuffix(".weight") for name, _ in unet.named_parameters()]
 
 
 def narrowest(unet: nn.Module, names: list[str]) -> int:

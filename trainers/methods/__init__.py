@@ -1,6 +1,8 @@
 """One file per method. `METHODS` is the one list: nodes, loader and tests read it."""
 
+from .attention import Attention
+from .dreambooth import DreamBooth
 from .lora import LoRA
 from .para import PaRa
 
-METHODS = {method.name: method for method in (LoRA, PaRa)}
+METHODS = {method.name: method for method in (LoRA, PaRa, DreamBooth, Attention)}
