@@ -19,7 +19,7 @@ from torch import Tensor
 
 from demo.judges import AttributeReader, SubjectJudge
 from demo.report import Picture, tensor
-from headless import Comfy, ComfyServer, fill_defaults
+from headless import Comfy, ComfyServer, Graph, fill_defaults
 from headless.client import Prompt, Result
 
 SUBJECT_PROMPTS = ("a zib totem in a meadow", "a zib totem on a white background")
@@ -29,28 +29,6 @@ OTHER_PROMPTS = (
     "a big dotted yellow heart at night",
 )
 SEEDS = 4  # pictures per prompt
-
-
-class Graph(dict):
-    """A prompt in API format; `add` returns the id of the node it adds."""
-
-    def add(self, class_type: str, **inputs: Any) -> str:
-        """Add a node; (id, n) in `inputs` is the n-th output of another."""
-        node = str(len(self) + 1)
-        links = {k: list(v) if isinstance(v, tuple) else v for k, v in inputs.items()}
-        self[node] = {"class_type": class_type, "inputs": links}
-        return node
-
-    def picture(self, base: str, model: tuple[str, int], text: str) -> str:
-        """Add a stock sampling of `text`; return the id of its Save Image node."""
-        positive = self.add("CLIPTextEncode", clip=(base, 1), text=text)
-        negative = self.add("CLIPTextEncode", clip=(base, 1), text="")
-        latent = self.add("EmptyLatentImage", width=128, height=128, batch_size=SEEDS)
-        wires = {"positive": (positive, 0), "negative": (negative, 0), "latent_image": (latent, 0)}
-        how = {"seed": 0, "steps": 25, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
-        sampled = self.add("KSampler", model=model, **wires, **how)
-        decoded = self.add("VAEDecode", samples=(sampled, 0), vae=(base, 2))
-        return self.add("SaveImage", images=(decoded, 0), filename_prefix="overfit")
 
 
 def workflow(subject: int, checkpoints: list[int], settings: dict[str, Any]) -> tuple[Graph, Graph]:
@@ -63,19 +41,17 @@ def workflow(subject: int, checkpoints: list[int], settings: dict[str, Any]) -> 
     how = {"name": "overfit", "steps": checkpoints[-1], "save_every": checkpoints[0], **settings}
     training.add("PersonalizeTrainLoRA", model=(base, 0), data=(data, 0), **how)
 
-    base = sampling.add("PersonalizeDemoBase")
+    base, latent = sampling.add("PersonalizeDemoBase"), sampling.empty_latent(128, SEEDS)
     models = {0: (base, 0)}
     for step in checkpoints:
         inputs = {"model": (base, 0), "run": "overfit", "checkpoint": f"step {step}"}
         models[step] = (sampling.add("PersonalizeLoad", **inputs, strength=1.0), 0)
     for step, model in models.items():
         for text in (*SUBJECT_PROMPTS, *OTHER_PROMPTS):
-            node = sampling.picture(base, model, text)
-            sampling[node]["_meta"] = {"title": f"{step}|{text}"}
+            sampling.pictures(base, model, text, latent, title=f"{step}|{text}")
     for split, count in (("training", 4), ("held-out", 4)):
         drawn = sampling.add("PersonalizeDemoSubject", subject=subject, count=count, split=split)
-        node = sampling.add("SaveImage", images=(drawn, 0), filename_prefix="overfit")
-        sampling[node]["_meta"] = {"title": f"{split}|"}
+        sampling.add("SaveImage", f"{split}|", images=(drawn, 0), filename_prefix="drawn")
     return training, sampling
 
 

@@ -4,12 +4,14 @@ Not part of the pack at run time: `nodes/` and `trainers/` never import it.
 """
 
 from .client import Comfy, Progress, PromptFailed, Result
+from .graph import Graph
 from .overrides import OverrideError, apply_overrides, fill_defaults
 from .server import ComfyServer, ServerError, find_comfyui
 
 __all__ = [
     "Comfy",
     "ComfyServer",
+    "Graph",
     "OverrideError",
     "Progress",
     "PromptFailed",

@@ -6,17 +6,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from headless import Graph
+
 CHECKPOINT, INPAINTING = "random-sd15.safetensors", "random-inpainting.safetensors"
-
-
-class Graph(dict):
-    """A prompt in API format; `add` returns an id, and (id, n) is its n-th output."""
-
-    def add(self, class_type: str, title: str = "", **inputs: Any) -> str:
-        id = str(len(self) + 1)
-        values = {key: list(v) if isinstance(v, tuple) else v for key, v in inputs.items()}
-        self[id] = {"class_type": class_type, "inputs": values, "_meta": {"title": title}}
-        return id
 
 
 def write_checkpoints(folder: Path) -> None:
@@ -140,16 +132,7 @@ def sample(graph: Graph, base: str, model: Any, again: bool = False) -> str:
 
     `again` makes the server sample once more what it has sampled already.
     """
-    latent = graph.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+    latent = graph.empty_latent(side=64, count=1)
     if again:
-        latent = graph.add("LatentMultiply", samples=(latent, 0), multiplier=1.0)
-    noise = graph.add(
-        "KSampler",
-        model=model,
-        positive=(graph.add("CLIPTextEncode", clip=(base, 1), text="a photo of sks cat"), 0),
-        negative=(graph.add("CLIPTextEncode", clip=(base, 1), text=""), 0),
-        latent_image=(latent, 0),
-        **{"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"},
-    )
-    decoded = graph.add("VAEDecode", samples=(noise, 0), vae=(base, 2))
-    return graph.add("SaveImage", images=(decoded, 0), filename_prefix="test")
+        latent = (graph.add("LatentMultiply", samples=latent, multiplier=1.0), 0)
+    return graph.pictures(base, model, "a photo of sks cat", latent, seed=1, steps=2)

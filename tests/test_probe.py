@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from headless import Comfy, ComfyServer, fill_defaults
+from headless import Comfy, ComfyServer, Graph, fill_defaults
 from headless.server import PACK
 from personalize.trainers.methods import METHODS
-from tests.stock import Graph
 
 pytestmark = pytest.mark.server
 

@@ -2,9 +2,8 @@
 
 import shutil
 
-from headless import Comfy, ComfyServer, fill_defaults
+from headless import Comfy, ComfyServer, Graph, fill_defaults
 from tests.published import ROOT, published_files
-from tests.stock import Graph
 
 
 def test_the_published_files_alone_are_the_pack(tmp_path, object_info):

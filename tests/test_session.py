@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from headless import PromptFailed, fill_defaults
-from tests.stock import Graph
+from headless import Graph, PromptFailed, fill_defaults
 
 pytestmark = pytest.mark.server
 

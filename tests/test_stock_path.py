@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from headless import Comfy, ComfyServer, PromptFailed, fill_defaults
+from headless import Comfy, ComfyServer, Graph, PromptFailed, fill_defaults
 from headless.client import Result
 from tests import stock
-from tests.stock import CHECKPOINT, INPAINTING, Graph
+from tests.stock import CHECKPOINT, INPAINTING
 
 pytestmark = pytest.mark.server
 METHODS = {"LoRA": {}, "PaRa": {"rank": 2}}
