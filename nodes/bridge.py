@@ -29,11 +29,11 @@ def denoiser_of(model: ModelPatcher, precision: str = "fp32") -> Denoiser:
     Raises InputError for a family, or an alteration, that training can not see.
     """
     family(model)
-    if model.injections:
+    if unseen := alterations(model):
         raise InputError(
             "model",
-            f"carries injected modules ({', '.join(model.injections)}), which training can not "
-            "see; connect the model from before that node.",
+            f"carries {', '.join(unseen)}, which training can not see; connect the model from "
+            "before that node, and put the node behind training.",
         )
     unet_config = model.model.model_config.unet_config
     weights = twin_weights(model, DTYPES[precision])
@@ -48,6 +48,18 @@ def denoiser_of(model: ModelPatcher, precision: str = "fp32") -> Denoiser:
             f"{len(unexpected)} unexpected ({unexpected[:3]}); use a stock SD 1.x or 2.x U-Net.",
         )
     return Denoiser(unet, *schedule(model))
+
+
+def alterations(model: ModelPatcher) -> list[str]:
+    """Name what nodes upstream changed in how the U-Net computes, other than its weights."""
+    options = model.model_options
+    found = [f"injected modules ({key})" for key in model.injections]
+    for kind in ("patches", "patches_replace"):
+        patches = options.get("transformer_options", {}).get(kind, {})
+        found += [f"patches of its blocks ({name})" for name, applied in patches.items() if applied]
+    if "model_function_wrapper" in options:
+        found.append("a wrapper around its forward pass")
+    return found
 
 
 def schedule(model: ModelPatcher) -> tuple[Tensor, str]:

@@ -318,6 +318,24 @@ def test_injected_modules_are_refused_by_name():
     assert "some_adapter" in refusal(model)
 
 
+def test_what_nodes_upstream_do_to_the_forward_pass_is_refused_by_name():
+    from comfy_extras.nodes_freelunch import FreeU_V2
+
+    patched = FreeU_V2.execute(comfy_model(), 1.3, 1.4, 0.9, 0.2)[0]
+    assert "output_block_patch" in refusal(patched)
+    wrapped = comfy_model()
+    wrapped.set_model_unet_function_wrapper(lambda apply, args: apply(**args))
+    assert "wrapper around its forward pass" in refusal(wrapped)
+
+
+def test_a_node_that_only_changes_sampling_is_no_obstacle():
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+
+    rescaled = RescaleCFG().patch(comfy_model(), 0.7)[0]
+    assert rescaled.model_options["sampler_cfg_function"]
+    bridge.denoiser_of(rescaled)
+
+
 def test_fingerprints_tell_geometry_from_weights():
     one, same_one = bridge.fingerprint(comfy_model()), bridge.fingerprint(comfy_model())
     other = bridge.fingerprint(comfy_model(seed=1))
