@@ -4,5 +4,6 @@ from .attention import Attention
 from .dreambooth import DreamBooth
 from .lora import LoRA
 from .para import PaRa
+from .selective_zo import SelectiveZO
 
-METHODS = {method.name: method for method in (LoRA, PaRa, DreamBooth, Attention)}
+METHODS = {method.name: method for method in (LoRA, PaRa, DreamBooth, Attention, SelectiveZO)}
