@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from personalize.trainers.artifact import Header, Personalization
-from personalize.trainers.edits import from_tensors, parameter_name, to_tensors
+from personalize.trainers.edits import from_tensors, of_weights, parameter_name, to_tensors
 from personalize.trainers.errors import InputError
 from personalize.trainers.loop import adapt, train
 from personalize.trainers.method import Draws, Objective, assemble
@@ -235,16 +235,24 @@ def test_edits_on_the_plain_weights_are_the_trained_network(trained):
 def test_strength_zero_is_the_very_weight(trained):
     _, _, step = trained
     plain = tiny_unet()
-    for site, edit in step.learned().items():
+    for site, edit in of_weights(step.learned()).items():
         weight = plain.get_parameter(parameter_name(site))
         assert edit.apply(weight, 0.0) is weight
         assert edit.fits(weight.shape)
 
 
+def test_strength_zero_is_the_base_bit_for_bit(trained):
+    _, _, step = trained
+    plain = tiny_denoiser()
+    edited(plain.unet, step.learned(), strength=0.0)
+    with torch.no_grad():
+        assert torch.equal(plain(*question()), tiny_denoiser()(*question()))
+
+
 def test_an_edit_keeps_the_weights_shape_and_type(trained):
     _, _, step = trained
     plain = tiny_unet()
-    for site, edit in step.learned().items():
+    for site, edit in of_weights(step.learned()).items():
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             weight = plain.get_parameter(parameter_name(site)).to(dtype)
             after = edit.apply(weight, 0.5)

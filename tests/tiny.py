@@ -1,7 +1,7 @@
 """Small real networks and data: diffusers' U-Net, ComfyUI's models, pictures of nothing."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from personalize.trainers.data import Example, PersonalData
 from personalize.trainers.denoiser import Denoiser
-from personalize.trainers.edits import Edit, parameter_name
+from personalize.trainers.edits import Edit, of_weights, parameter_name
 from personalize.trainers.loop import Step, train
 from personalize.trainers.method import Method
+from personalize.trainers.time_aware import SITE, TimeAware, attach
 
 WIDTH = 32  # of the text states
 SIDE = 8  # of the latents
@@ -107,10 +108,14 @@ def question(seed: int = 5, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def edited(unet: UNet2DConditionModel, edits: dict[str, Edit], strength: float = 1.0) -> None:
-    """Write edits into the plain weights of a U-Net."""
+def edited(
+    unet: UNet2DConditionModel, edits: Mapping[str, Edit | TimeAware], strength: float = 1.0
+) -> None:
+    """Write edits into the plain weights of a U-Net, and attach what is no change of a weight."""
+    if SITE in edits:
+        attach(unet, edits[SITE], strength)
     with torch.no_grad():
-        for site, edit in edits.items():
+        for site, edit in of_weights(edits).items():
             weight = unet.get_parameter(parameter_name(site))
             weight.copy_(edit.apply(weight, strength))
 

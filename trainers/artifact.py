@@ -3,7 +3,7 @@
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .edits import Edit, from_tensors, to_tensors
 from .errors import InputError
+from .time_aware import TimeAware
 
 FORMAT = 1
 HEADER = "personalize"  # key of our JSON in the file's metadata
@@ -45,11 +46,13 @@ class Personalization:
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of(cls, header: Header, edits: dict[str, Edit], step: int) -> "Personalization":
+    def of(
+        cls, header: Header, edits: Mapping[str, Edit | TimeAware], step: int
+    ) -> "Personalization":
         """Pack edits as they are after `step` steps."""
         return cls(replace(header, step=step), to_tensors(edits))
 
-    def edits(self, sites: list[str]) -> tuple[dict[str, Edit], list[str]]:
+    def edits(self, sites: list[str]) -> tuple[dict[str, Edit | TimeAware], list[str]]:
         """Read the edits for a network with `sites`: ({site: edit}, keys without a site).
 
         Raises InputError when tensors do not belong together.

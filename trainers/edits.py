@@ -2,14 +2,18 @@
 
 An edit is all that a loader needs: it knows nothing of methods, networks or ComfyUI. Convolutions
 (out, in, kh, kw) are edited as matrices (out, in*kh*kw). A site is the path of a layer, for its
-weight, or `<layer>.bias`.
+weight, or `<layer>.bias`. One site is no layer: `time_aware`, whose modules join the network.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from . import time_aware
+from .time_aware import TimeAware
 
 
 class Edit(Protocol):
@@ -138,7 +142,7 @@ class Difference:
 KINDS = (LowRank, RankReduction, Difference)
 
 
-def to_tensors(edits: dict[str, Edit]) -> dict[str, Tensor]:
+def to_tensors(edits: Mapping[str, Edit | TimeAware]) -> dict[str, Tensor]:
     """Name the tensors of edits by site, as LoRA files do (see `file_name`)."""
     return {
         file_name(site, suffix): tensor.detach().cpu().contiguous()
@@ -148,9 +152,19 @@ def to_tensors(edits: dict[str, Edit]) -> dict[str, Tensor]:
 
 
 def file_name(site: str, suffix: str) -> str:
-    """Return a tensor's name in a file: `lora_unet_<layer with _>.<suffix>`, `_b` for a bias."""
+    """Return a tensor's name in a file: `lora_unet_<layer with _>.<suffix>`, `_b` for a bias.
+
+    Of modules that join the network: `time_aware.<name>`.
+    """
+    if site == time_aware.SITE:
+        return f"{site}.{suffix}"
     layer = site.removesuffix(".bias")
     return f"lora_unet_{layer.replace('.', '_')}.{suffix}{'_b' if layer != site else ''}"
+
+
+def of_weights(edits: Mapping[str, Edit | TimeAware]) -> dict[str, Edit]:
+    """Return the edits that change a weight: all but modules that join the network."""
+    return {site: edit for site, edit in edits.items() if not isinstance(edit, TimeAware)}
 
 
 def parameter_name(site: str) -> str:
@@ -158,13 +172,20 @@ def parameter_name(site: str) -> str:
     return site if site.endswith(".bias") else site + ".weight"
 
 
-def from_tensors(tensors: dict[str, Tensor], sites: list[str]) -> tuple[dict[str, Edit], list[str]]:
+def from_tensors(
+    tensors: dict[str, Tensor], sites: list[str]
+) -> tuple[dict[str, Edit | TimeAware], list[str]]:
     """Read edits back for a network that has `sites`.
 
     Returns ({site: edit}, keys that belong to none of the sites).
+    Raises ValueError when tensors do not belong together.
     """
-    edits: dict[str, Edit] = {}
+    edits: dict[str, Edit | TimeAware] = {}
     left = dict(tensors)
+    prefix = file_name(time_aware.SITE, "")
+    own = {name[len(prefix) :]: left.pop(name) for name in tensors if name.startswith(prefix)}
+    if own:
+        edits[time_aware.SITE] = TimeAware.from_tensors(own)
     for site in sites:
         for kind in KINDS:
             names = [file_name(site, suffix) for suffix in kind.suffixes]

@@ -1,7 +1,7 @@
 """The only training loop. A generator: the caller owns progress, cancellation and checkpoints."""
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from .edits import Edit
 from .errors import InputError
 from .method import Draws, Method, Objective, generator
 from .optimizers import build_optimizer
+from .time_aware import TimeAware
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Step:
     loss: float
     learning_rate: float
     facts: dict[str, float]  # what the method has to tell besides, by name
-    learned: Callable[[], dict[str, Edit]]  # a snapshot of what is learned so far (the EMA, if on)
+    # a snapshot of what is learned so far (the EMA, if on)
+    learned: Callable[[], Mapping[str, Edit | TimeAware]]
 
 
 @torch.inference_mode(False)  # gradients on; a decorator, unlike a with-block, ends at each yield
@@ -52,7 +54,7 @@ def train(method: Method, denoiser: Denoiser, data: PersonalData) -> Generator[S
     if settings.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
 
-    def learned() -> dict[str, Edit]:
+    def learned() -> Mapping[str, Edit | TimeAware]:
         if average is None:
             return method.learned(denoiser.unet)
         average.store(parameters)

@@ -5,7 +5,7 @@ Every default is the plain answer of DreamBooth-LoRA.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +17,7 @@ from .data import Batch, Example, PersonalData, stack_contexts
 from .denoiser import Denoiser
 from .edits import Edit
 from .settings import Settings as CommonSettings
+from .time_aware import TimeAware
 
 
 class Method:
@@ -34,7 +35,7 @@ class Method:
         """What is free: put trainable parameters into a frozen U-Net."""
         raise NotImplementedError
 
-    def learned(self, unet: nn.Module) -> dict[str, Edit]:
+    def learned(self, unet: nn.Module) -> Mapping[str, Edit | TimeAware]:
         """Return what was learned, {site: edit}: the contents of a checkpoint."""
         raise NotImplementedError
 

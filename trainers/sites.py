@@ -9,17 +9,20 @@ from .errors import InputError
 
 # role -> where it is, in diffusers' names
 ROLES = {
-    "self-attention": r"\.attn1\.(to_q|to_k|to_v|to_out\.0)$",
+    "self-attention": r"\.(attn1|attentions\.\d+)\.(to_q|to_k|to_v|to_out\.0)$",
     "cross-attention": r"\.attn2\.(to_q|to_k|to_v|to_out\.0)$",
     "feed-forward": r"\.ff\.net\.(0\.proj|2)$",
     "projection": r"\.attentions\.\d+\.proj_(in|out)$",
     "resnet": r"\.(resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.0\.conv)$",
     "time": r"(^time_embedding\.linear_\d|\.time_emb_proj)$",
-    "attention norm": r"\.transformer_blocks\.\d+\.norm[12]$",
+    "self-attention norm": r"\.(transformer_blocks\.\d+\.norm1|attentions\.\d+\.group_norm)$",
+    "cross-attention norm": r"\.transformer_blocks\.\d+\.norm2$",
     "norm": r"(\.transformer_blocks\.\d+\.norm3|\.attentions\.\d+\.norm|\.resnets\.\d+\.norm\d"
     r"|^conv_norm_out)$",
     "door": r"^conv_(in|out)$",
 }
+
+TIME_EMBEDDING = "time_embedding"  # what tells every block the time
 
 # what a user chooses from: layers with a matrix to change
 PRESETS = {
@@ -54,6 +57,11 @@ def layers_of(unet: nn.Module, roles: Iterable[str]) -> list[str]:
     """List the layers that have one of the roles, in module order."""
     patterns = [re.compile(ROLES[role]) for role in roles]
     return [name for name, _ in unet.named_modules() if any(p.search(name) for p in patterns)]
+
+
+def self_attention_outputs(unet: nn.Module) -> list[str]:
+    """List the output projections of the self-attentions, in module order."""
+    return [name for name in layers_of(unet, ["self-attention"]) if name.endswith(".to_out.0")]
 
 
 def parameter_sites(unet: nn.Module) -> list[str]:

@@ -20,9 +20,14 @@ from ..sites import ROLES, layers_of
 
 FREE_LAYERS = {
     "everything": tuple(ROLES),
-    "attention": ("self-attention", "cross-attention", "attention norm"),
-    "self-attention": ("self-attention", "attention norm"),
-    "norms": ("attention norm", "norm"),
+    "attention": (
+        "self-attention",
+        "self-attention norm",
+        "cross-attention",
+        "cross-attention norm",
+    ),
+    "self-attention": ("self-attention", "self-attention norm"),
+    "norms": ("self-attention norm", "cross-attention norm", "norm"),
 }
 
 
