@@ -22,7 +22,7 @@ from ..trainers.denoiser import Denoiser
 from ..trainers.errors import InputError
 from ..trainers.loop import Step, train
 from ..trainers.method import Method
-from ..trainers.monitor import stable_loss
+from ..trainers.monitor import over_fitting
 from ..trainers.run import LAST, Run, check_name
 from .bridge import choose_precision, denoiser_of, fingerprint
 from .load import personalize, runs_root
@@ -103,7 +103,7 @@ class Session:
     losses: list[float] = dataclasses.field(default_factory=list)
     started: float = dataclasses.field(default_factory=time.monotonic)
     run: Run | None = None
-    held_out: tuple[float, float] | None = None  # stable loss of the base, and as trained
+    over_fitting: dict[str, float] = dataclasses.field(default_factory=dict)  # see the monitor
 
     def train(self) -> Personalization:
         """Train to the end and return what was learned.
@@ -114,6 +114,8 @@ class Session:
         device = comfy.model_management.get_torch_device()
         precision = choose_precision(self.method.settings.precision, device)
         denoiser = denoiser_of(self.model, precision)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         try:
             data = in_network_scale(self.data, self.model, denoiser)
             return self._train(denoiser.to(device), data)
@@ -152,10 +154,12 @@ class Session:
             finally:
                 learned = Personalization.of(header, step.learned(), step.index)
                 self.run.save(learned, LAST)
+                if denoiser.device.type == "cuda":
+                    peak = torch.cuda.max_memory_allocated(denoiser.device)
+                    self.run.log(step=step.index, peak_memory=peak)
             if data.held_out:
-                self.held_out = held_out_losses(denoiser, data)
-                base, tuned = self.held_out
-                self.run.log(step=step.index, held_out_loss=tuned, held_out_loss_of_base=base)
+                self.over_fitting = over_fitting(denoiser, data.training, data.held_out)
+                self.run.log(step=step.index, **self.over_fitting)
         return learned
 
     def _record(self, step: Step, header: Header) -> None:
@@ -194,18 +198,11 @@ class Session:
         )
 
     def _held_out_text(self) -> str:
-        if self.held_out is None:
+        if not self.over_fitting:
             return ""
-        base, tuned = self.held_out
+        base, tuned = (self.over_fitting[f"held_out_loss{of}"] for of in ("_of_base", ""))
         verdict = "it generalises" if tuned < base else "it over-fits: train less"
         return f". On the pictures held out: loss {tuned:.4f}, the base's {base:.4f}: {verdict}"
-
-
-def held_out_losses(denoiser: Denoiser, data: PersonalData) -> tuple[float, float]:
-    """Return the stable loss on the held-out pictures: of the base, and as trained."""
-    with denoiser.prior():
-        base = stable_loss(denoiser, data.held_out)
-    return base, stable_loss(denoiser, data.held_out)
 
 
 def in_network_scale(data: PersonalData, model: ModelPatcher, denoiser: Denoiser) -> PersonalData:

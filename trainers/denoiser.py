@@ -58,6 +58,13 @@ class Denoiser(nn.Module):
             return self.schedule.get_velocity(latents, noise, timesteps)  # pyright: ignore
         return noise
 
+    def cleaned(self, noisy: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the x_0 that a prediction at x_t stands for, (B, C, h, w)."""
+        signal = self.schedule.alphas_cumprod.to(noisy)[timesteps][:, None, None, None]
+        if self.prediction_type == "v_prediction":
+            return signal.sqrt() * noisy - (1 - signal).sqrt() * predicted
+        return (noisy - (1 - signal).sqrt() * predicted) / signal.sqrt()
+
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Return min(SNR, gamma)/SNR, or /(SNR + 1) for velocity: (B,)   (Hang et al. 2023)."""
         snr = compute_snr(self.schedule, timesteps)
