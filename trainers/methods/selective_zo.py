@@ -188,6 +188,8 @@ class SelectiveZO(LoRA):
         if not batch.zeroth_order:
             return super().update(objectives, optimizer)
         optimizer.zero_grad(set_to_none=True)  # gradients of the last BP step are memory
+        # or torch's schedule warns when a run begins with ZO-high
+        optimizer._opt_called = True  # pyright: ignore
         loss, slopes = self.zeroth_order_step(objectives, optimizer, batch.seed)
         self.last["projected_gradient"] = float(slopes.square().mean().sqrt())
         return loss
