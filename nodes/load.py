@@ -1,4 +1,5 @@
-"""Apply what was learned to a MODEL: as weight patches, for any stock sampler."""
+"""Apply what was learned to a MODEL, for any stock sampler: as weight patches, and injections of
+what is not a weight."""
 
 from pathlib import Path
 
@@ -11,11 +12,21 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..trainers.artifact import Personalization
-from ..trainers.edits import Difference, Edit, LowRank, RankReduction, remove_directions
+from ..trainers.edits import (
+    Difference,
+    Edit,
+    LowRank,
+    RankReduction,
+    Rotation,
+    of_weights,
+    remove_directions,
+)
 from ..trainers.errors import InputError
 from ..trainers.methods import METHODS
 from ..trainers.run import Run, list_runs
+from ..trainers.time_aware import SITE, TimeAware, block_of
 from .bridge import PREFIX, fingerprint, twin_names
+from .inject import add_time_aware
 from .wires import CATEGORY, PersonalizedWire, at
 
 NO_RUNS = "(no runs yet)"
@@ -34,14 +45,12 @@ def runs_root() -> Path:
     return Path(folder_paths.get_output_directory()) / "personalized"
 
 
-class ReductionPatch(WeightAdapterBase):
-    """PaRa's edit, for ComfyUI to apply whenever it computes a weight.
+class EditPatch(WeightAdapterBase):
+    """An edit, for ComfyUI to apply whenever it computes a weight.
 
-    weights: [Q], the removed directions (out, r). ComfyUI rebuilds adapters from these two
-    arguments when it has moved the weights to another device.
+    ComfyUI rebuilds adapters from these two arguments when it has moved the weights to another
+    device.
     """
-
-    name = "personalize para"
 
     def __init__(self, loaded_keys: set[str], weights: list[Tensor]):
         self.loaded_keys = loaded_keys
@@ -58,7 +67,29 @@ class ReductionPatch(WeightAdapterBase):
         intermediate_dtype=torch.float32,
         original_weight=None,
     ):
+        return self.edited(weight, strength)
+
+    def edited(self, weight: Tensor, strength: float) -> Tensor:
+        """Return the edited weight."""
+        raise NotImplementedError
+
+
+class ReductionPatch(EditPatch):
+    """PaRa's. weights: [Q], the removed directions (out, r)."""
+
+    name = "personalize para"
+
+    def edited(self, weight: Tensor, strength: float) -> Tensor:
         return remove_directions(weight, self.weights[0], strength)
+
+
+class RotationPatch(EditPatch):
+    """OFT's. weights: [S], the skew generators (blocks, triangle)."""
+
+    name = "personalize oft"
+
+    def edited(self, weight: Tensor, strength: float) -> Tensor:
+        return Rotation(self.weights[0]).apply(weight, strength)
 
 
 def patch_of(edit: Edit) -> WeightAdapterBase | tuple:
@@ -68,6 +99,8 @@ def patch_of(edit: Edit) -> WeightAdapterBase | tuple:
         return comfy.weight_adapter.LoRAAdapter(set(), weights)
     if isinstance(edit, RankReduction):
         return ReductionPatch(set(), [edit.directions()])
+    if isinstance(edit, Rotation):
+        return RotationPatch(set(), [edit.skew])
     if isinstance(edit, Difference):
         return ("diff", (edit.delta,))
     raise TypeError(f"no patch for {type(edit).__name__}")
@@ -82,8 +115,12 @@ def personalize(
     """
     names = {n.removesuffix(".weight"): own for n, own in twin_names(model).items()}
     edits, unknown = learned.edits(list(names))
-    shapes = {n: w.shape for n, w in model.model.diffusion_model.state_dict().items()}
-    unfit = [site for site, edit in edits.items() if not edit.fits(shapes[names[site]])]
+    own = model.model.diffusion_model.state_dict()
+    shapes = {site: own[name].shape for site, name in names.items()}
+    weights, adapter = of_weights(edits), edits.get(SITE)
+    unfit = [site for site, edit in weights.items() if not edit.fits(shapes[site])]
+    if isinstance(adapter, TimeAware) and not adapter.fits(shapes):
+        unfit.append(SITE)
     here, there = fingerprint(model), learned.header.base
     if unknown or unfit or not edits:
         raise InputError(
@@ -95,13 +132,17 @@ def personalize(
         )
     patched = model.clone()
     if strength != 0.0:
-        patches = {PREFIX + names[site]: patch_of(edit) for site, edit in edits.items()}
+        patches = {PREFIX + names[site]: patch_of(edit) for site, edit in weights.items()}
         accepted = patched.add_patches(patches, strength)
         if len(accepted) != len(patches):
             raise InputError(
                 "model", f"took {len(accepted)} of {len(patches)} layers; is it a stock U-Net?"
             )
-    return patched, report(learned, here, len(edits), strength)
+        if isinstance(adapter, TimeAware):
+            paths = {block_of(site): own.removesuffix(".weight") for site, own in names.items()}
+            outputs = {block: paths[block] for block in adapter.widths}
+            add_time_aware(patched, adapter, outputs, strength)
+    return patched, report(learned, here, len(weights), strength)
 
 
 def report(learned: Personalization, here: dict[str, str], layers: int, strength: float) -> str:
@@ -110,8 +151,11 @@ def report(learned: Personalization, here: dict[str, str], layers: int, strength
     method = METHODS[header.method].title if header.method in METHODS else header.method
     same = all(header.base.get(part) == here[part] for part in ("weights", "patches"))
     base = "the base it was trained on" if same else "another base of the same shape"
+    adapter = (
+        " and the time-aware adapter" if any(n.startswith(SITE) for n in learned.tensors) else ""
+    )
     return (
-        f"{method} after {header.step} steps: all {layers} layers matched, "
+        f"{method} after {header.step} steps: all {layers} layers{adapter} matched, "
         f"{learned.parameters:,} learned numbers, strength {strength:g}, on {base}.\n"
         f"Use these words in your prompt: {header.instance_prompt}"
     )

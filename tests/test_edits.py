@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from personalize.trainers.edits import LowRank, RankReduction, file_name, from_tensors, to_tensors
+from personalize.trainers.edits import (
+    LowRank,
+    RankReduction,
+    Rotation,
+    file_name,
+    from_tensors,
+    to_tensors,
+)
 from tests.tiny import noise, same
 
 SHAPES = {"linear": (10, 6), "convolution": (10, 4, 3, 3), "1x1": (10, 6, 1, 1)}
@@ -45,14 +52,62 @@ def test_para_removes_the_span_of_its_basis(weight):
     assert torch.allclose(edit.apply(weight, 0.7), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("edit", [low_rank((10, 6)), RankReduction(noise(10, 3))], ids=type)
+def skew_matrices(rotation: Rotation) -> torch.Tensor:
+    """Write out S_i entry by entry, (k, b, b) fp64."""
+    b = rotation.block_size
+    found = torch.zeros(len(rotation.skew), b, b, dtype=torch.float64)
+    for i, triangle in enumerate(rotation.skew.tolist()):
+        entries = iter(triangle)
+        for row in range(b):
+            for column in range(row + 1, b):
+                found[i, row, column] = next(entries)
+                found[i, column, row] = -found[i, row, column]
+    return found
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, -1.0, 4.0])
+@pytest.mark.parametrize("shape", [(10, 6), (10, 6, 1, 1), (10, 4, 3, 3)])
+def test_oft_turns_the_inputs_block_by_block(shape, strength):
+    weight = noise(*shape)
+    edit = Rotation(noise(weight[0].numel() // 3, 3, seed=4))
+    expected = weight.flatten(1).double()
+    for i, s in enumerate(skew_matrices(edit)):
+        eye = torch.eye(3, dtype=torch.float64)
+        r = (eye - strength * s) @ torch.linalg.inv(eye + strength * s)
+        expected[:, 3 * i : 3 * i + 3] = expected[:, 3 * i : 3 * i + 3] @ r.T
+    assert (edit.apply(weight, strength).flatten(1) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3, -2.0])
+def test_every_strength_of_oft_is_a_rotation(strength):
+    edit, weight = Rotation(noise(3, 28, seed=4)), noise(10, 24)
+    blocks = edit.blocks(strength)
+    assert edit.block_size == 8 and blocks.shape == (3, 8, 8)
+    assert (blocks @ blocks.mT - torch.eye(8)).abs().max() < 1e-5
+    assert (torch.linalg.det(blocks) - 1).abs().max() < 1e-5  # no mirror
+    after = edit.apply(weight, strength)
+    assert (after.norm(dim=1) - weight.norm(dim=1)).abs().max() < 1e-5
+    assert (after @ after.T - weight @ weight.T).abs().max() < 1e-4  # angles between neurons
+
+
+def test_oft_at_strength_zero_and_at_its_start_is_the_weight():
+    weight = noise(10, 24)
+    assert Rotation(noise(3, 28)).apply(weight, 0.0) is weight
+    assert torch.equal(Rotation(torch.zeros(3, 28)).apply(weight), weight)
+
+
+EDITS = [low_rank((10, 6)), RankReduction(noise(10, 3)), Rotation(noise(2, 3))]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=type)
 def test_edits_know_what_they_fit(edit):
     assert edit.fits(torch.Size((10, 6)))
-    assert not edit.fits(torch.Size((11, 6)))
+    assert isinstance(edit, Rotation) or not edit.fits(torch.Size((11, 6)))
     assert isinstance(edit, RankReduction) or not edit.fits(torch.Size((10, 7)))
+    assert not edit.fits(torch.Size((10,)))
 
 
-@pytest.mark.parametrize("edit", [low_rank((10, 6)), RankReduction(noise(10, 3))], ids=type)
+@pytest.mark.parametrize("edit", EDITS, ids=type)
 def test_an_edit_never_writes_into_the_weight(edit):
     weight = noise(10, 6)
     before = weight.clone()
@@ -76,8 +131,8 @@ def test_names_are_those_of_lora_files():
 
 
 def test_tensors_read_back_as_the_same_edits():
-    edits = {"a.b": low_rank((10, 6)), "a.c": RankReduction(noise(10, 3))}
-    back, left = from_tensors(to_tensors(edits), ["a.b", "a.c", "a.d"])
+    edits = dict(zip(("a.b", "a.c", "a.d"), EDITS, strict=True))
+    back, left = from_tensors(to_tensors(edits), ["a.b", "a.c", "a.d", "a.e"])
     assert not left and back.keys() == edits.keys()
     assert all(same(back[site].tensors(), edits[site].tensors()) for site in edits)
 
@@ -105,10 +160,16 @@ def test_an_incomplete_lora_is_left_over():
         {"para_basis": noise(3)},
         {"para_basis": noise(10, 0)},
         {"para_basis": torch.zeros(10, 3)},
+        {"oft_skew": noise(6)},
+        {"oft_skew": noise(2, 0)},
+        {"oft_skew": noise(2, 5)},
     ],
-    ids=["ranks differ", "vector", "two alphas", "rank 0", "no matrix", "empty", "zero basis"],
+    ids=[
+        *("ranks differ", "vector", "two alphas", "rank 0", "no matrix", "empty", "zero basis"),
+        *("no blocks", "blocks of one", "no triangle"),
+    ],
 )
 def test_malformed_tensors_are_refused_when_read(tensors):
-    named = {f"{file_name('a.b')}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    named = {file_name("a.b", suffix): tensor for suffix, tensor in tensors.items()}
     with pytest.raises(ValueError):
         from_tensors(named, ["a.b"])

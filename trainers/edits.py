@@ -6,6 +6,7 @@ weight, or `<layer>.bias`. One site is no layer: `time_aware`, whose modules joi
 """
 
 from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -139,7 +140,60 @@ class Difference:
         return self.delta.shape == shape
 
 
-KINDS = (LowRank, RankReduction, Difference)
+@dataclass(frozen=True)
+class Rotation:
+    """OFT: W' = W R^T, R = diag(R_1 .. R_k) orthogonal, R_i = (I - s S_i)(I + s S_i)^-1.
+
+    The Cayley transform of skew-symmetric S_i (Qiu et al. 2023, section 4.1), on the inputs, as in
+    peft. The strength scales S, so that every strength is a rotation.
+    """
+
+    skew: Tensor  # (k, b (b - 1) / 2), the upper triangles of S_i, row by row
+    suffixes: ClassVar = ("oft_skew",)
+
+    @property
+    def block_size(self) -> int:
+        return block_size_of(self.skew.shape[1])
+
+    def blocks(self, strength: float = 1.0) -> Tensor:
+        """Return R_i, (k, b, b), fp32."""
+        b = self.block_size
+        rows, columns = torch.triu_indices(b, b, 1, device=self.skew.device)
+        upper = self.skew.new_zeros(len(self.skew), b, b, dtype=torch.float32)
+        upper[:, rows, columns] = strength * self.skew.float()
+        s, eye = upper - upper.mT, torch.eye(b, device=self.skew.device)
+        return torch.linalg.solve(eye + s, eye - s, left=False)
+
+    def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        if strength == 0.0:
+            return weight
+        r = self.blocks(strength).to(weight.device)
+        inputs = weight.float().reshape(len(weight), *r.shape[:2])  # (out, k, b)
+        rotated = torch.einsum("okb,kcb->okc", inputs, r)
+        return rotated.reshape(weight.shape).to(weight.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(zip(self.suffixes, (self.skew,), strict=True))
+
+    @classmethod
+    def from_tensors(cls, skew: Tensor) -> "Rotation":
+        if skew.ndim != 2 or not skew.numel():
+            raise ValueError(f"skew {tuple(skew.shape)} is not a matrix")
+        b = block_size_of(skew.shape[1])
+        if b * (b - 1) // 2 != skew.shape[1]:
+            raise ValueError(f"skew {tuple(skew.shape)} does not hold upper triangles")
+        return cls(skew)
+
+    def fits(self, shape: torch.Size) -> bool:
+        return len(shape) > 1 and len(self.skew) * self.block_size == shape[1:].numel()
+
+
+def block_size_of(triangle: int) -> int:
+    """Return b of b (b - 1) / 2 numbers above a diagonal."""
+    return (1 + math.isqrt(1 + 8 * triangle)) // 2
+
+
+KINDS = (LowRank, RankReduction, Difference, Rotation)
 
 
 def to_tensors(edits: Mapping[str, Edit | TimeAware]) -> dict[str, Tensor]:
