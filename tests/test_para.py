@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from personalize.trainers.edits import RankReduction, to_tensors
+from personalize.trainers.edits import WAYS, RankReduction, combine, to_tensors
 from personalize.trainers.loop import adapt
 from personalize.trainers.methods.para import (
     PaRa,
     ReducedConv2d,
     bottom_directions,
-    combine,
     reduced_layers,
 )
 from personalize.trainers.sites import sites
@@ -94,9 +93,51 @@ def test_a_basis_without_directions_is_refused(basis):
 # Subjects combined
 
 
+def combined(weight: torch.Tensor, reductions, how: str) -> torch.Tensor:
+    return combine(list(reductions), how).apply(weight)
+
+
+def naive(weight: torch.Tensor, reductions, how: str, strength: float = 1.0) -> torch.Tensor:
+    """The three ways with explicit projectors, in double precision."""
+
+    def projector(columns: torch.Tensor) -> torch.Tensor:
+        return columns @ torch.linalg.pinv(columns)
+
+    bases = [reduction.basis.double() for reduction in reductions]
+    result = weight.flatten(1).double()
+    if how == "sequential":
+        for basis in bases:
+            result = result - strength * projector(basis) @ result
+    if how == "concat":
+        result = result - strength * projector(torch.cat(bases, dim=1)) @ result
+    if how == "sum":
+        result = result - strength * sum(projector(b) for b in bases) @ result
+    return result.reshape(weight.shape)
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("shape", [(16, 16), (20, 6), (16, 4, 3, 3)])
+def test_combining_is_its_naive_reference(how, strength, shape):
+    weight, subjects = noise(*shape), [reduction(shape[0], r, seed=r) for r in (1, 2, 3)]
+    change = combine(subjects, how)
+    error = change.apply(weight, strength) - naive(weight, subjects, how, strength)
+    assert error.abs().max() < 1e-5
+    assert change.apply(weight, 0.0) is weight
+    assert change.fits(weight.shape) and not change.fits(torch.Size((shape[0] + 1, 6)))
+    half = change.apply(weight.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16 and half.shape == weight.shape
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_one_subject_combined_is_that_subject(how):
+    weight, alone = noise(16, 9), reduction(16, 3)
+    assert (combined(weight, [alone], how) - alone.apply(weight)).abs().max() < 1e-5
+
+
 def test_combining_random_subjects_costs_what_the_algebra_says():
     weight, both = noise(16, 16), [reduction(16, 3, seed=1), reduction(16, 2, seed=2)]
-    ranks = {how: rank(combine(weight, both, how)) for how in ("sequential", "concat", "sum")}
+    ranks = {how: rank(combined(weight, both, how)) for how in ("sequential", "concat", "sum")}
     assert ranks == {"sequential": 13, "concat": 11, "sum": 15}
 
 
@@ -104,28 +145,40 @@ def test_concat_does_not_care_about_the_order_and_sequential_does():
     weight = noise(16, 16)
     subjects = [reduction(16, r, seed=r) for r in (1, 2, 3)]
     for order in itertools.permutations(subjects):
-        error = combine(weight, order, "concat") - combine(weight, subjects, "concat")
+        error = combined(weight, order, "concat") - combined(weight, subjects, "concat")
         assert error.abs().max() < 1e-5
     one, other = subjects[1:], subjects[:0:-1]
     assert (
-        combine(weight, one, "sequential") - combine(weight, other, "sequential")
+        combined(weight, one, "sequential") - combined(weight, other, "sequential")
     ).abs().max() > 0.1
 
 
 def test_the_three_ways_agree_exactly_when_spans_are_orthogonal():
     weight, frame = noise(16, 16), torch.linalg.qr(noise(16, 16, seed=4)).Q
     apart = [RankReduction(frame[:, :3]), RankReduction(frame[:, 3:5] @ noise(2, 2, seed=5))]
-    ways = [combine(weight, apart, how) for how in ("sequential", "concat", "sum")]
+    ways = [combined(weight, apart, how) for how in ("sequential", "concat", "sum")]
     assert max((ways[0] - other).abs().max() for other in ways[1:]) < 1e-5
     slanted = [RankReduction(frame[:, :3]), RankReduction(frame[:, 2:4] + frame[:, 3:5])]
-    ways = [combine(weight, slanted, how) for how in ("sequential", "concat", "sum")]
+    ways = [combined(weight, slanted, how) for how in ("sequential", "concat", "sum")]
     pairs = itertools.combinations(ways, 2)
     assert min((a - b).abs().max() for a, b in pairs) > 0.1
 
 
+def test_concat_counts_shared_directions_once():
+    """The very same subject twice, and the same span by another basis: nothing else may go."""
+    weight, once = noise(16, 16), reduction(16, 3)
+    mixed = RankReduction(once.basis @ noise(3, 3, seed=8))
+    overlapping = RankReduction(torch.cat([once.basis[:, :1], noise(16, 1, seed=9)], dim=1))
+    for others, size in {(once,): 3, (mixed,): 3, (mixed, once): 3, (overlapping,): 4}.items():
+        (q,) = combine([once, *others], "concat").factors
+        assert q.shape == (16, size)
+        assert (q.T @ q - torch.eye(size)).abs().max() < 1e-5
+    assert (combined(weight, [once, mixed], "concat") - once.apply(weight)).abs().max() < 1e-5
+
+
 def test_an_unknown_way_to_combine_is_an_error():
-    with pytest.raises(ValueError, match="sequential, concat or sum"):
-        combine(noise(4, 4), [reduction(4, 1)], "mean")
+    with pytest.raises(ValueError, match="concat, sequential, sum"):
+        combined(noise(4, 4), [reduction(4, 1)], "mean")
 
 
 # The layers that train

@@ -5,7 +5,7 @@ An edit is all that a loader needs: it knows nothing of methods, networks or Com
 weight, or `<layer>.bias`. One site is no layer: `time_aware`, whose modules join the network.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -110,11 +110,56 @@ class RankReduction:
 
 
 def remove_directions(weight: Tensor, q: Tensor, strength: float = 1.0) -> Tensor:
-    """Return W - s Q Q^T W for orthonormal columns Q, (out, r)."""
+    """Return W - s Q Q^T W, (out, r) Q: what is removed where its columns are orthonormal."""
     if strength == 0.0:
         return weight
     q, matrix = q.to(weight.device, torch.float32), weight.flatten(1).float()
     return (matrix - strength * (q @ (q.mT @ matrix))).reshape(weight.shape).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class CombinedReduction:
+    """Several rank reductions as one change: W <- W - s C C^T W for each C in turn."""
+
+    factors: tuple[Tensor, ...]  # C, (out, r) each
+
+    def apply(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        for factor in self.factors:
+            weight = remove_directions(weight, factor, strength)
+        return weight
+
+    def fits(self, shape: torch.Size) -> bool:
+        return len(shape) > 1 and all(len(factor) == shape[0] for factor in self.factors)
+
+
+WAYS = ("concat", "sequential", "sum")
+
+
+def combine(reductions: Sequence[RankReduction], how: str) -> CombinedReduction:
+    """Combine the rank reductions that several subjects made of one weight.
+
+    how: one of WAYS. concat removes the span of all, whatever the order. sequential applies each
+    to what the former left (Chen et al. 2025; the order matters). sum adds up their changes
+    (peft), so what two share is taken away twice. They agree iff the spans are orthogonal.
+    """
+    directions = [reduction.directions() for reduction in reductions]
+    if how == "sequential":
+        return CombinedReduction(tuple(directions))
+    if how == "sum":  # sum of Q_i Q_i^T = C C^T with C = [Q_1 Q_2 ...]
+        return CombinedReduction((torch.cat(directions, dim=1),))
+    if how == "concat":
+        return CombinedReduction((span(torch.cat(directions, dim=1)),))
+    raise ValueError(f"how is {how!r}; give one of {', '.join(WAYS)}")
+
+
+def span(columns: Tensor, tolerance: float = 1e-4) -> Tensor:
+    """Return an orthonormal basis of the columns' span; shared directions count once.
+
+    A QR would fill up with directions that nobody asked for where columns depend on each other.
+    tolerance: angles (radians, about) below it are none.
+    """
+    u, sizes, _ = torch.linalg.svd(columns.double(), full_matrices=False)
+    return u[:, sizes > tolerance * sizes[0]].float()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ start `bottom`, and the strength s at loading. The layers "all but cross-attenti
 paper's best trade-off. Its learning rate is unpublished.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,20 +140,3 @@ def bottom_directions(weight: Tensor, rank: int) -> Tensor:
         drawn = torch.randn(len(matrix), rank, dtype=matrix.dtype)
         return torch.linalg.qr(drawn - used @ (used.mT @ drawn)).Q.to(torch.float32)
     return torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, :rank].to(torch.float32)
-
-
-def combine(weight: Tensor, reductions: Sequence[RankReduction], how: str) -> Tensor:
-    """Apply several subjects' reductions to one weight.
-
-    sequential: each to what the former left (the paper's; order matters). concat: remove the span
-    of all (order-free). sum: add the changes (peft's). They agree iff the spans are orthogonal.
-    """
-    if how == "sequential":
-        for reduction in reductions:
-            weight = reduction.apply(weight)
-        return weight
-    if how == "concat":
-        return RankReduction(torch.cat([r.directions() for r in reductions], dim=1)).apply(weight)
-    if how == "sum":
-        return weight + sum(r.apply(weight) - weight for r in reductions)
-    raise ValueError(f"how is {how!r}; give sequential, concat or sum")
