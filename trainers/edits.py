@@ -5,8 +5,8 @@ An edit is all that a loader needs: it knows nothing of methods, networks or Com
 weight, or `<layer>.bias`. One site is no layer: `time_aware`, whose modules join the network.
 """
 
-from collections.abc import Mapping, Sequence
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
