@@ -7,7 +7,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import comfy.model_management
 import comfy.utils
@@ -29,6 +29,16 @@ from .load import personalize, runs_root
 from .wires import CATEGORY, PersonalDataWire, PersonalizedWire, at
 
 WIDGETS = {int: io.Int, float: io.Float, bool: io.Boolean}
+NAME = io.String.Input(
+    "name",
+    default="my subject",
+    tooltip="The run's folder in output/personalized. A name that is taken gets a number: no run "
+    "is ever overwritten.",
+)
+LEARNED = (
+    PersonalizedWire.Output(display_name="personalized", tooltip="What was learned, for Apply."),
+    io.LossMap.Output(display_name="loss_map", tooltip="Loss of every step, for Plot Loss Graph."),
+)
 
 
 class TrainNode(io.ComfyNode):
@@ -57,24 +67,14 @@ class TrainNode(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The base to personalise; it stays as it is."),
                 PersonalDataWire.Input("data", tooltip="From Personal Dataset."),
-                io.String.Input(
-                    "name",
-                    default="my subject",
-                    tooltip="The run's folder in output/personalized. A name that is taken gets a "
-                    "number: no run is ever overwritten.",
-                ),
+                NAME,
                 *map(widget, sorted(fields, key=lambda field: field.metadata["advanced"])),
             ],
             outputs=[
                 io.Model.Output(
                     display_name="model", tooltip="The base with what was learned, for any sampler."
                 ),
-                PersonalizedWire.Output(
-                    display_name="personalized", tooltip="What was learned, for Apply."
-                ),
-                io.LossMap.Output(
-                    display_name="loss_map", tooltip="Loss of every step, for Plot Loss Graph."
-                ),
+                *LEARNED,
             ],
         )
 
@@ -84,11 +84,43 @@ class TrainNode(io.ComfyNode):
         with at(cls):
             check_name(name)
             method = cls.method(cls.method.Settings(**settings))
-            session = Session(method, model, data, name, str(cls.hidden.unique_id))
+            session = Session(method, ModelBase(model), data, name, str(cls.hidden.unique_id))
             learned = session.train()
             patched, _ = personalize(model, learned, 1.0)
         summary = ui.PreviewText(session.summary(learned))
         return io.NodeOutput(patched, learned, {"loss": session.losses}, ui=summary)
+
+
+class Base(Protocol):
+    """What a session trains: a MODEL, or an unconditional base."""
+
+    def denoiser(self, precision: str) -> Denoiser:
+        """Return a network of its own, on the CPU."""
+        ...
+
+    def in_network_scale(self, data: PersonalData, denoiser: Denoiser) -> PersonalData:
+        """Return the data as the network takes it; raise InputError when they do not fit."""
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """Describe the base, for the file."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelBase:
+    """A ComfyUI MODEL as a base."""
+
+    model: ModelPatcher
+
+    def denoiser(self, precision: str) -> Denoiser:
+        return denoiser_of(self.model, precision)
+
+    def in_network_scale(self, data: PersonalData, denoiser: Denoiser) -> PersonalData:
+        return in_network_scale(data, self.model, denoiser)
+
+    def fingerprint(self) -> dict[str, str]:
+        return fingerprint(self.model)
 
 
 @dataclass
@@ -96,7 +128,7 @@ class Session:
     """One training run inside ComfyUI: memory, progress, interrupts and files around the loop."""
 
     method: Method
-    model: ModelPatcher
+    base: Base
     data: PersonalData
     name: str
     node_id: str
@@ -113,17 +145,17 @@ class Session:
         comfy.model_management.unload_all_models()
         device = comfy.model_management.get_torch_device()
         precision = choose_precision(self.method.settings.precision, device)
-        denoiser = denoiser_of(self.model, precision)
+        denoiser = self.base.denoiser(precision)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            data = in_network_scale(self.data, self.model, denoiser)
+            data = self.base.in_network_scale(self.data, denoiser)
             return self._train(denoiser.to(device), data)
         except comfy.model_management.OOM_EXCEPTION as error:
             raise MemoryError(
                 "out of memory. Switch 'gradient_checkpointing' on, set 'precision' to bf16, lower "
-                f"'batch_size' (it is {self.method.settings.batch_size}) or the 'resolution' of "
-                "Personal Dataset"
+                f"'batch_size' (it is {self.method.settings.batch_size}) or train on smaller "
+                "pictures (the dataset's 'resolution')"
             ) from error
         finally:
             denoiser.to("meta")  # a traceback may hold the network, but not its weights
@@ -135,7 +167,7 @@ class Session:
             method=self.method.name,
             step=0,
             settings=settings.as_dict(),
-            base=fingerprint(self.model),
+            base=self.base.fingerprint(),
             instance_prompt=self.data.instance_prompt,
             class_prompt=self.data.class_prompt,
             data=self.data.fingerprint(),

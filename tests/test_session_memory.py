@@ -35,7 +35,7 @@ def networks(monkeypatch, tmp_path):
 
 def session(model, **settings) -> node.Session:
     method = make(METHODS["lora"], **{"steps": 100, "precision": "fp32"} | settings)
-    return node.Session(method, model, tiny_data(), "some", "1")
+    return node.Session(method, node.ModelBase(model), tiny_data(), "some", "1")
 
 
 def show(monkeypatch, then=lambda text: None) -> None:
