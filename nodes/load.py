@@ -1,6 +1,7 @@
 """Apply what was learned to a MODEL, for any stock sampler: as weight patches, and injections of
 what is not a weight."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.weight_adapter
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from ..trainers.artifact import Personalization
 from ..trainers.edits import (
+    CombinedReduction,
     Difference,
     Edit,
     LowRank,
     RankReduction,
     Rotation,
     of_weights,
-    remove_directions,
 )
 from ..trainers.errors import InputError
 from ..trainers.methods import METHODS
@@ -75,12 +76,12 @@ class EditPatch(WeightAdapterBase):
 
 
 class ReductionPatch(EditPatch):
-    """PaRa's. weights: [Q], the removed directions (out, r)."""
+    """PaRa's. weights: Q, the removed directions (out, r); of several, one after the other."""
 
     name = "personalize para"
 
     def edited(self, weight: Tensor, strength: float) -> Tensor:
-        return remove_directions(weight, self.weights[0], strength)
+        return CombinedReduction(tuple(self.weights)).apply(weight, strength)
 
 
 class RotationPatch(EditPatch):
@@ -99,6 +100,8 @@ def patch_of(edit: Edit) -> WeightAdapterBase | tuple:
         return comfy.weight_adapter.LoRAAdapter(set(), weights)
     if isinstance(edit, RankReduction):
         return ReductionPatch(set(), [edit.directions()])
+    if isinstance(edit, CombinedReduction):
+        return ReductionPatch(set(), list(edit.factors))
     if isinstance(edit, Rotation):
         return RotationPatch(set(), [edit.skew])
     if isinstance(edit, Difference):
@@ -113,42 +116,62 @@ def personalize(
 
     Raises InputError when it does not fit this base, naming both.
     """
-    names = {n.removesuffix(".weight"): own for n, own in twin_names(model).items()}
-    edits, unknown = learned.edits(list(names))
-    own = model.model.diffusion_model.state_dict()
-    shapes = {site: own[name].shape for site, name in names.items()}
+    edits = fitting_edits(model, learned)
     weights, adapter = of_weights(edits), edits.get(SITE)
-    unfit = [site for site, edit in weights.items() if not edit.fits(shapes[site])]
+    patched = model.clone()
+    add_edits(patched, weights, strength)
+    if strength != 0.0 and isinstance(adapter, TimeAware):
+        names = site_names(model)
+        paths = {block_of(site): own.removesuffix(".weight") for site, own in names.items()}
+        outputs = {block: paths[block] for block in adapter.widths}
+        add_time_aware(patched, adapter, outputs, strength)
+    return patched, report(learned, fingerprint(model), len(weights), strength)
+
+
+def site_names(model: ModelPatcher) -> dict[str, str]:
+    """Map sites to the names of the weights and biases in ComfyUI's U-Net."""
+    return {twin.removesuffix(".weight"): own for twin, own in twin_names(model).items()}
+
+
+def fitting_edits(
+    model: ModelPatcher, learned: Personalization, input_name: str = "model"
+) -> dict[str, Edit | TimeAware]:
+    """Return what was learned by site. Raises InputError when it does not fit this base."""
+    names, own = site_names(model), model.model.diffusion_model.state_dict()
+    edits, unknown = learned.edits(list(names))
+    shapes = {site: own[name].shape for site, name in names.items()}
+    unfit = [site for site, edit in of_weights(edits).items() if not edit.fits(shapes[site])]
+    adapter = edits.get(SITE)
     if isinstance(adapter, TimeAware) and not adapter.fits(shapes):
         unfit.append(SITE)
-    here, there = fingerprint(model), learned.header.base
     if unknown or unfit or not edits:
+        here, there = fingerprint(model), learned.header.base
         raise InputError(
-            "model",
+            input_name,
             f"does not fit: this {learned.header.method} file was trained on {there.get('family')} "
             f"({there.get('geometry')}), the model is {here['family']} ({here['geometry']}); "
             f"{len(edits) - len(unfit)} layers match, {len(unfit)} have another shape, "
             f"{len(unknown)} keys belong to no layer. Connect the kind of base it was trained on.",
         )
-    patched = model.clone()
-    if strength != 0.0:
-        patches = {PREFIX + names[site]: patch_of(edit) for site, edit in weights.items()}
-        accepted = patched.add_patches(patches, strength)
-        if len(accepted) != len(patches):
-            raise InputError(
-                "model", f"took {len(accepted)} of {len(patches)} layers; is it a stock U-Net?"
-            )
-        if isinstance(adapter, TimeAware):
-            paths = {block_of(site): own.removesuffix(".weight") for site, own in names.items()}
-            outputs = {block: paths[block] for block in adapter.widths}
-            add_time_aware(patched, adapter, outputs, strength)
-    return patched, report(learned, here, len(weights), strength)
+    return edits
+
+
+def add_edits(patched: ModelPatcher, edits: Mapping[str, Edit], strength: float) -> None:
+    """Put edits of weights on top of what a MODEL (a clone of your own) carries already."""
+    if strength == 0.0:
+        return
+    names = site_names(patched)
+    patches = {PREFIX + names[site]: patch_of(edit) for site, edit in edits.items()}
+    accepted = patched.add_patches(patches, strength)
+    if len(accepted) != len(patches):
+        raise InputError(
+            "model", f"took {len(accepted)} of {len(patches)} layers; is it a stock U-Net?"
+        )
 
 
 def report(learned: Personalization, here: dict[str, str], layers: int, strength: float) -> str:
     """Say in plain words what was loaded."""
-    header = learned.header
-    method = METHODS[header.method].title if header.method in METHODS else header.method
+    header, method = learned.header, title(learned)
     same = all(header.base.get(part) == here[part] for part in ("weights", "patches"))
     base = "the base it was trained on" if same else "another base of the same shape"
     adapter = (
@@ -159,6 +182,12 @@ def report(learned: Personalization, here: dict[str, str], layers: int, strength
         f"{learned.parameters:,} learned numbers, strength {strength:g}, on {base}.\n"
         f"Use these words in your prompt: {header.instance_prompt}"
     )
+
+
+def title(learned: Personalization) -> str:
+    """Return the name of its method, for people."""
+    name = learned.header.method
+    return METHODS[name].title if name in METHODS else name
 
 
 class Apply(io.ComfyNode):
