@@ -13,19 +13,18 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 import torch
 from scipy import stats
 
 from demo.run import BASE, PERSONALIZED, WORKFLOW, adjusted, collect, judged, node_of, subject_name
-from headless import Comfy, ComfyServer
+from headless import Comfy
+
+from .servers import Worker, share_out, workers
 
 METRICS = ("subject_similarity", "prompt_following")
 PROMPTS = ("a {} totem in a meadow", "a {} totem on a white background", "a {} totem at sunset")
@@ -47,36 +46,19 @@ class Cell:
         return scores[PERSONALIZED] - scores[BASE]
 
 
-@contextmanager
-def servers(count: int) -> Iterator[list[Comfy]]:
-    """Start servers of one thread each: small networks gain nothing from more."""
-    with ExitStack() as stack:
-        environment = {"OMP_NUM_THREADS": "1"}
-        started = [stack.enter_context(ComfyServer(env=environment)) for _ in range(count)]
-        yield [stack.enter_context(Comfy(server.url)) for server in started]
-
-
 def measure(
-    clients: Sequence[Comfy],
+    workers: Sequence[Worker],
     methods: Sequence[str],
     subjects: Sequence[int],
     seeds: Sequence[int],
     steps: int | None = None,
 ) -> Iterator[Cell]:
-    """Train and score every (method, seed, subject), shared out to the clients' servers."""
-    free: SimpleQueue[Comfy] = SimpleQueue()
-    for client in clients:
-        free.put(client)
+    """Train and score every (method, seed, subject), shared out to the servers."""
 
-    def cell(what: tuple[str, int, int]) -> Cell:
-        client = free.get()
-        try:
-            return train_and_score(client, *what, steps)
-        finally:
-            free.put(client)
+    def cell(worker: Worker, what: tuple[str, int, int]) -> Cell:
+        return train_and_score(worker.comfy, *what, steps)
 
-    with ThreadPoolExecutor(len(clients)) as pool:
-        yield from pool.map(cell, product(methods, seeds, subjects))
+    return share_out(workers, cell, product(methods, seeds, subjects))
 
 
 def train_and_score(comfy: Comfy, method: str, seed: int, subject: int, steps: int | None) -> Cell:
@@ -133,6 +115,13 @@ def table(cells: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
+def machine() -> str:
+    """Say what this ran on."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs{gpu}"
+    return f"{system}, torch {torch.__version__}"
+
+
 def main() -> None:
     """Parse the command line, measure, print and save."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gain", description=__doc__)
@@ -145,16 +134,15 @@ def main() -> None:
     cells: list[Cell] = []
     numbers = (map(int, text.split(",")) for text in (options.subjects, options.seeds))
     subjects, seeds = (list(values) for values in numbers)
-    with servers(min(4, os.cpu_count() or 1)) as clients:
-        for cell in measure(clients, options.methods.split(","), subjects, seeds, options.steps):
+    with workers(min(4, os.cpu_count() or 1)) as started:
+        for cell in measure(started, options.methods.split(","), subjects, seeds, options.steps):
             cells.append(cell)
             print(cell, file=sys.stderr)
     print(table(cells))
     if options.json:
         result = {
             "command": " ".join(["python -m benchmarks.gain", *sys.argv[1:]]),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, "
-            f"torch {torch.__version__}",
+            "machine": machine(),
             "cells": [asdict(cell) for cell in cells],
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n")

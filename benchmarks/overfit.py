@@ -22,6 +22,8 @@ from demo.report import Picture, tensor
 from headless import Comfy, ComfyServer, Graph, fill_defaults
 from headless.client import Prompt, Result
 
+from .metrics import nearest_silhouette
+
 SUBJECT_PROMPTS = ("a zib totem in a meadow", "a zib totem on a white background")
 OTHER_PROMPTS = (
     "a big striped red star on a green background",
@@ -66,18 +68,6 @@ def images(comfy: Comfy, prompt: Prompt, result: Result) -> dict[tuple[str, str]
     return found
 
 
-def copying(samples: Tensor, pictures: Tensor) -> float:
-    """Return the mean over samples of the correlation with the silhouette most like it."""
-
-    def silhouettes(x: Tensor) -> Tensor:
-        background = (x[:, :, :4].mean(2, keepdim=True) + x[:, :, -4:].mean(2, keepdim=True)) / 2
-        shown = ((x - background).abs().amax(-1) > 0.15).float()[:, None]
-        flat = F.interpolate(shown, size=32, mode="area").flatten(1)
-        return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
-
-    return float((silhouettes(samples) @ silhouettes(pictures).mT).amax(1).mean())
-
-
 def sheet(found: dict[tuple[str, str], Tensor], steps: list[int], path: Path) -> None:
     """Write the training pictures above two samples of every prompt, a row per checkpoint."""
     rows = [
@@ -106,8 +96,8 @@ def scores(found: dict[tuple[str, str], Tensor], step: str) -> dict[str, float]:
         "subject_similarity": float(judge.similarity(subject, held_out).mean()),
         "following_subject": following(SUBJECT_PROMPTS),
         "following_others": following(OTHER_PROMPTS),
-        "copying_training": copying(subject, found["training", ""]),
-        "copying_held_out": copying(subject, held_out),
+        "copying_training": nearest_silhouette(subject, found["training", ""]),
+        "copying_held_out": nearest_silhouette(subject, held_out),
     }
 
 

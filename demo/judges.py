@@ -62,7 +62,7 @@ class _Judge(nn.Module):
         save_file(state, path or self.file)
 
 
-def _resized(images: torch.Tensor) -> torch.Tensor:
+def resized(images: torch.Tensor) -> torch.Tensor:
     """Turn (N, H, W, 3) in [0, 1] into (N, 3, 64, 64) in [-1, 1]."""
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"judge: images are {tuple(images.shape)}; give (N, H, W, 3) in [0, 1].")
@@ -90,7 +90,7 @@ class AttributeReader(_Judge):
     def read(self, images: torch.Tensor) -> dict[str, list[str]]:
         """Name every attribute of every picture (on a totem only kind and background count)."""
         device = next(self.parameters()).device
-        logits = self(_resized(images.to(device)))
+        logits = self(resized(images.to(device)))
         chosen = {name: values.argmax(1).tolist() for name, values in logits.items()}
         return {name: [ATTRIBUTES[name][i] for i in ids] for name, ids in chosen.items()}
 
@@ -138,7 +138,7 @@ class SubjectJudge(_Judge):
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Embed pictures: (N, 64), unit norm."""
-        return self(_resized(images.to(self.centre.device)))
+        return self(resized(images.to(self.centre.device)))
 
     def similarity(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         """Return each picture's mean cosine with the reference pictures: (N,) in [-1, 1]."""

@@ -2,22 +2,23 @@
 
 import pytest
 
-from benchmarks.gain import by_subject, measure, servers
+from benchmarks.gain import by_subject, measure
+from benchmarks.servers import workers
 
 pytestmark = pytest.mark.slow
 SUBJECTS = (1, 2, 3)
 
 
 @pytest.fixture(scope="module")
-def clients():
-    """Clients of two servers: these are real trainings."""
-    with servers(2) as clients:
-        yield clients
+def servers():
+    """Two servers: these are real trainings."""
+    with workers(2) as started:
+        yield started
 
 
 @pytest.mark.parametrize(("method", "seeds"), [("lora", (0, 1, 2)), ("para", (0,))])
-def test_the_personalised_model_beats_the_base(clients, method, seeds, record_property):
-    cells = list(measure(clients, [method], SUBJECTS, seeds, steps=100))
+def test_the_personalised_model_beats_the_base(servers, method, seeds, record_property):
+    cells = list(measure(servers, [method], SUBJECTS, seeds, steps=100))
     for cell in cells:
         print(cell)
     record_property("prompt_following", [cell.prompt_following for cell in cells])

@@ -1,0 +1,253 @@
+"""One training with its samples: computed once, kept in a folder of its own, found again.
+
+A folder is named by a hash of all that decides what is in it, and holds
+
+    cell.json       what was asked, and what was measured while it trained; written last
+    history.jsonl   the run's own history
+    samples.png     a row for every (step, noise, prompt), a column for every start noise
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from demo import world
+from demo.run import training_node
+from headless import Comfy, Graph, fill_defaults
+from headless.client import Result
+
+from .configurations import Configuration
+from .servers import Meter, Worker, peak_memory, reset_peak_memory
+
+FORMAT = 1  # of a folder and what is measured: raise it, and every cell is made anew
+SIDE = 128  # pixels
+CLASS_PROMPTS = (
+    "a totem in a meadow",
+    "a totem on a white background",
+    "a totem with a red oval body and a blue star head at night",
+    "a totem with a green block body and a yellow heart head on a pink background",
+)
+OTHER_PROMPTS = (
+    "a small striped red star on the left on a green background",
+    "a big plain blue circle on a white background",
+    "a big dotted yellow heart at night",
+    "a small checkered purple ring at the top on a grey background",
+)
+NOISE, REFERENCE_NOISES = 0, (1000, 1001, 1002)  # seeds: of every cell; the base's others
+TRAIN = "train"  # the training node's title
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all cells of a table share."""
+
+    steps: int = 200
+    batch_size: int = 4
+    pictures: int = 5  # to train on
+    held_out: int = 4  # kept out of training; on other backgrounds than those
+    samples: int = 4  # of every prompt
+    sampler_steps: int = 12  # of DPM++ 2M, half the work of 25 Euler steps
+    trajectory: tuple[int, ...] = ()  # steps to sample at before the last, multiples of the first
+
+    def subject_prompts(self, subject: int) -> list[str]:
+        """Ask for the subject on backgrounds that it was not trained on."""
+        drawn = world.subject_pictures(subject, self.pictures + self.held_out)
+        return [caption for _, caption in drawn[self.pictures :]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some samples of one prompt: by the base (step 0) or by what was learned up to a step."""
+
+    step: int
+    noise: int  # seed
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell, there already or not. The base's is the same for every subject and seed."""
+
+    configuration: Configuration
+    subject: int
+    seed: int
+    plan: Plan
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Return what is sampled, in order."""
+        if not self.configuration.method:
+            named = [world.subject_caption(background) for background in world.BACKGROUNDS]
+            rows = [Row(0, NOISE, text) for text in (*named, *CLASS_PROMPTS, *OTHER_PROMPTS)]
+            others = ((n, text) for n in REFERENCE_NOISES for text in CLASS_PROMPTS + OTHER_PROMPTS)
+            return rows + [Row(0, noise, text) for noise, text in others]
+        prompts = [*self.plan.subject_prompts(self.subject), *CLASS_PROMPTS, *OTHER_PROMPTS]
+        steps = (*self.plan.trajectory, self.plan.steps)
+        return [Row(step, NOISE, text) for step in steps for text in prompts]
+
+    @cached_property
+    def key(self) -> str:
+        """Return the hash of all that decides what is in the cell."""
+        text = json.dumps([FORMAT, *self.spec().values()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def spec(self) -> dict[str, Any]:
+        """Return what decides what is in the cell."""
+        how = {
+            "method": self.configuration.method,
+            "settings": dict(self.configuration.settings),
+            "version": self.configuration.version,
+        }
+        plan = asdict(self.plan)
+        rows = [list(asdict(row).values()) for row in self.rows]
+        if not self.configuration.method:
+            sampling = {name: plan[name] for name in ("samples", "sampler_steps")}
+            return how | {"plan": sampling, "rows": rows}
+        return how | {"subject": self.subject, "seed": self.seed, "plan": plan, "rows": rows}
+
+    def load(self, cache: Path) -> "Cell | None":
+        """Return the cell when it is there."""
+        folder = cache / self.key
+        if not (folder / "cell.json").is_file():
+            return None
+        kept = json.loads((folder / "cell.json").read_text())
+        page = torch.from_numpy(np.array(Image.open(folder / "samples.png"))).float() / 255
+        squares = page.unflatten(0, (-1, SIDE)).unflatten(2, (-1, SIDE)).transpose(1, 2)
+        history = [json.loads(line) for line in (folder / "history.jsonl").open()]
+        return Cell(dict(zip(self.rows, squares, strict=True)), kept["facts"], history)
+
+    def make(self, worker: Worker, cache: Path) -> "Cell":
+        """Return the cell, computed on a server if it is not there."""
+        found = self.load(cache)
+        if found is not None:
+            return found
+        temporary = cache / f"{self.key}.part"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        facts = train(worker, self, temporary)
+        page = sample(worker.comfy, self)
+        Image.fromarray(page).save(temporary / "samples.png")
+        kept = json.dumps({"facts": facts, "spec": self.spec()}, indent=1)
+        (temporary / "cell.json").write_text(kept + "\n")
+        temporary.rename(cache / self.key)
+        made = self.load(cache)
+        assert made is not None
+        return made
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a training left."""
+
+    samples: dict[Row, Tensor]  # (N, H, W, 3) in [0, 1] each
+    facts: dict[str, float | None]
+    history: list[dict[str, float]]
+
+    def pictures(
+        self, step: int, prompts: Iterable[str], noises: Iterable[int] = (NOISE,)
+    ) -> Tensor:
+        """Return the samples of some prompts, one prompt after the other."""
+        rows = [Row(step, noise, prompt) for noise in noises for prompt in prompts]
+        return torch.cat([self.samples[row] for row in rows])
+
+
+def train(worker: Worker, task: Task, folder: Path) -> dict[str, float | None]:
+    """Train once; keep the history in `folder` and return what was measured."""
+    (folder / "history.jsonl").touch()
+    if not task.configuration.method:
+        return {}
+    comfy, server = worker.comfy, worker.server
+    known = comfy.object_info()
+    comfy.run(fill_defaults(ready(), known))  # the base is loaded before memory is looked at
+    meter = Meter(server.pid, TRAIN, wall=torch.cuda.is_available())
+    before = reset_peak_memory(server.pid)
+    comfy.run(fill_defaults(training(task, known), known), meter)
+    peak = None if before is None else peak_memory(server.pid) - before
+    run = server.output_dir / "personalized" / task.key
+    shutil.copyfile(run / "history.jsonl", folder / "history.jsonl")
+    last = dict[str, float]()
+    for line in (folder / "history.jsonl").open():
+        last |= json.loads(line)
+    return {
+        "parameters": learned_numbers(run / "last.safetensors"),
+        "file_size": (run / "last.safetensors").stat().st_size,
+        "steps_per_second": meter.steps_per_second(),
+        "peak_memory": last.get("peak_memory", peak),
+        **{name: value for name, value in last.items() if name not in ("step", "peak_memory")},
+    }
+
+
+def ready() -> Graph:
+    """Return a prompt that samples the base once."""
+    graph = Graph()
+    base = graph.add("PersonalizeDemoBase")
+    graph.pictures(base, (base, 0), "a totem", graph.empty_latent(SIDE, 1), steps=1)
+    return graph
+
+
+def training(task: Task, known: dict[str, Any]) -> Graph:
+    """Return the prompt that trains."""
+    graph, plan = Graph(), task.plan
+    base = graph.add("PersonalizeDemoBase")
+    count = plan.pictures + plan.held_out
+    drawn = graph.add("PersonalizeDemoSubject", subject=task.subject, count=count, resolution=SIDE)
+    wires = {"clip": (base, 1), "vae": (base, 2), "images": (drawn, 0), "captions": (drawn, 1)}
+    how = {"resolution": SIDE, "hold_out": plan.held_out, "instance_prompt": "a zib totem"}
+    data = graph.add("PersonalizeDataset", **wires, **how)
+    inputs: dict[str, Any] = {"model": (base, 0), "data": (data, 0), "name": task.key}
+    inputs |= {"steps": plan.steps, "batch_size": plan.batch_size, "seed": task.seed}
+    inputs |= {"save_every": plan.trajectory[0] if plan.trajectory else 0}
+    inputs |= dict(task.configuration.settings)
+    graph.add(training_node(task.configuration.method.replace("_", ""), known), TRAIN, **inputs)
+    return graph
+
+
+def sample(comfy: Comfy, task: Task) -> np.ndarray:
+    """Sample every row: (rows * SIDE, samples * SIDE, 3) uint8."""
+    known = comfy.object_info()
+    graph = Graph()
+    base = graph.add("PersonalizeDemoBase")
+    latent = graph.empty_latent(SIDE, task.plan.samples)
+    models = {0: (base, 0)}
+    for step in dict.fromkeys(row.step for row in task.rows if row.step):
+        checkpoint = "last" if step == task.plan.steps else f"step {step}"
+        load = {"model": (base, 0), "run": task.key, "checkpoint": checkpoint}
+        models[step] = (graph.add("PersonalizeLoad", **load, strength=1.0), 0)
+    how = {"sampler_name": "dpmpp_2m", "steps": task.plan.sampler_steps}
+    saved = [
+        graph.pictures(base, models[row.step], row.prompt, latent, seed=row.noise, **how)
+        for row in task.rows
+    ]
+    result = comfy.run(fill_defaults(graph, known))
+    rows = [[np.asarray(image) for image in images(comfy, result, node)] for node in saved]
+    return np.concatenate([np.concatenate(row, 1) for row in rows])
+
+
+def images(comfy: Comfy, result: Result, node: str) -> list[Image.Image]:
+    """Return the pictures that a node saved."""
+    return [comfy.image(file).convert("RGB") for file in result.files(node)]
+
+
+def drawn(subject: int, count: int, split: str = "training") -> Tensor:
+    """Draw pictures of a subject, (count, SIDE, SIDE, 3) in [0, 1]."""
+    pictures = world.subject_pictures(subject, count, split, SIDE)
+    return torch.from_numpy(np.stack([pixels for pixels, _ in pictures])).float() / 255
+
+
+def learned_numbers(path: Path) -> int:
+    """Count the learned numbers in a file."""
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if not name.endswith(".alpha")]  # noqa: SIM118
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)

@@ -1,0 +1,347 @@
+"""The quality benchmark: its metrics, its statistics, its cells, and one tiny real run."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from benchmarks import metrics, quality
+from benchmarks.cells import SIDE, Plan, Task, drawn
+from benchmarks.configurations import BASE, BASELINE, CONFIGURATIONS
+from benchmarks.servers import Meter, peak_memory, processor_seconds, reset_peak_memory, share_out
+from headless import Progress
+
+PLAN = Plan(steps=4, samples=2, sampler_steps=2)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    """Eight pictures of a subject, (8, 128, 128, 3)."""
+    return drawn(101, 8)
+
+
+def noisy(pictures: torch.Tensor, scale: float) -> torch.Tensor:
+    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+    return (pictures + scale * noise).clamp(0, 1)
+
+
+# Metrics
+
+
+def naive_drift(samples: np.ndarray, reference: np.ndarray) -> float:
+    """Return the unbiased MMD^2 by sums over pairs."""
+    mean, deviation = reference.mean(0), reference.std(0, ddof=1)
+    x, y = ((z - mean) / deviation for z in (samples, reference))
+
+    def k(a, b):
+        return (float(a @ b) / len(a) + 1) ** 3
+
+    def within(z):
+        pairs = [k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j]
+        return sum(pairs) / len(pairs)
+
+    across = [k(a, b) for a in x for b in y]
+    return within(x) + within(y) - 2 * sum(across) / len(across)
+
+
+def test_drift_equals_the_sum_over_pairs():
+    samples = torch.randn(5, 7, dtype=torch.float64) + 0.5
+    reference = torch.randn(6, 7, dtype=torch.float64)
+    expected = naive_drift(samples.numpy(), reference.numpy())
+    assert metrics.drift(samples, reference) == pytest.approx(expected)
+
+
+def test_drift_of_one_distribution_is_zero_on_average_and_grows_with_the_shift():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count, shift=0.0):
+        return torch.randn(count, 20, generator=generator, dtype=torch.float64) + shift
+
+    same = [metrics.drift(draw(16), draw(48)) for _ in range(300)]
+    assert abs(np.mean(same)) < 4 * stats.sem(same)
+    shifted = [metrics.drift(draw(200, shift), draw(200)) for shift in (0.0, 0.3, 1.0)]
+    assert shifted[0] < shifted[1] < shifted[2]
+
+
+def test_drift_ignores_what_never_changes():
+    samples, reference = torch.randn(5, 4), torch.randn(6, 4)
+    constant = [torch.cat([z, torch.ones(len(z), 2)], 1) for z in (samples, reference)]
+    assert metrics.drift(*constant) == pytest.approx(metrics.drift(samples, reference), rel=1e-4)
+
+
+def test_another_subject_is_further_away_than_more_of_the_same():
+    reference = metrics.features(drawn(101, 24))
+    same = metrics.drift(metrics.features(drawn(101, 24, "held-out")), reference)
+    other = metrics.drift(metrics.features(drawn(102, 24, "held-out")), reference)
+    assert same < other / 10
+
+
+def test_copies_are_as_near_as_can_be_and_other_pictures_are_not(pictures):
+    training, held_out = pictures[:4], pictures[4:]
+    assert metrics.nearest_silhouette(training, pictures) == pytest.approx(1.0, abs=1e-5)
+    assert metrics.nearest_silhouette(held_out, training) < 0.95
+
+
+def test_diversity_is_zero_for_one_repeated_picture_and_compares_only_one_prompts_samples(pictures):
+    repeated = pictures[:1].repeat(4, 1, 1, 1)
+    assert metrics.diversity(repeated, ["a"] * 4) == pytest.approx(0.0, abs=1e-5)
+    pairs = pictures[[0, 0, 1, 1]]
+    assert metrics.diversity(pairs, ["a", "a", "b", "b"]) == pytest.approx(0.0, abs=1e-5)
+    assert metrics.diversity(pairs, ["a", "b", "a", "b"]) > 0.05
+    assert math.isnan(metrics.diversity(pairs[:2], ["a", "b"]))
+
+
+def test_diversity_equals_the_naive_mean(pictures):
+    x = pictures[:3]
+    reader = metrics.attribute_reader()
+    from demo.judges import resized
+
+    units = torch.nn.functional.normalize(reader.trunk(resized(x)), dim=1)
+    distances = [
+        float(((units[i] - units[j]) ** 2).sum(0).mean()) for i, j in ((0, 1), (0, 2), (1, 2))
+    ]
+    assert metrics.diversity(x, ["a"] * 3) == pytest.approx(np.mean(distances), rel=1e-3)
+
+
+def test_noise_raises_the_corruption_index_and_is_measured_in_its_own_unit(pictures):
+    scales = [0.0, 0.02, 0.05, 0.1]
+    indices = [metrics.corruption_index(noisy(pictures, scale), pictures) for scale in scales]
+    assert indices[0] == 0.0
+    assert indices == sorted(indices)
+    grey = torch.full((2, 64, 64, 3), 0.5)
+    assert float(metrics.noise_level(noisy(grey, 0.02)).mean()) == pytest.approx(5.1, rel=0.1)
+    assert float(metrics.noise_level(grey).max()) == 0.0
+
+
+def test_the_corruption_index_is_the_log_of_the_naive_energy(pictures):
+    x = pictures[:1, :6, :6]
+
+    def energy(z):
+        padded = np.pad(z[0].numpy(), ((1, 1), (1, 1), (0, 0)), mode="edge")
+        means = sum(padded[i : i + 6, j : j + 6] for i in range(3) for j in range(3)) / 9
+        return ((z[0].numpy() - means) ** 2).mean()
+
+    changed = noisy(x, 0.1)
+    expected = math.log2(energy(changed) / energy(x))
+    assert metrics.corruption_index(changed, x) == pytest.approx(expected, rel=1e-4)
+
+
+# Statistics
+
+
+def test_the_paired_interval_is_that_of_the_t_test():
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(1.0, 1, (5, 3)), rng.normal(0.0, 1, (5, 3))
+    tables = [
+        {(s, k): {"x": float(values[s, k])} for s in range(5) for k in range(3)}
+        for values in (ours, theirs)
+    ]
+    found = quality.paired(*tables)["x"]
+    expected = stats.ttest_rel(ours.mean(1), theirs.mean(1)).confidence_interval(0.95)
+    assert found["n"] == 5
+    assert found["mean"] == pytest.approx((ours - theirs).mean())
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+
+
+def test_only_what_both_methods_have_is_compared_and_one_subject_has_no_interval():
+    ours = {(1, 0): {"x": 3.0, "y": 1.0}, (2, 0): {"x": 9.0, "y": 1.0}}
+    theirs = {(1, 0): {"x": 1.0}, (3, 0): {"x": 5.0}}
+    found = quality.paired(ours, theirs)
+    assert found.keys() == {"x"}
+    assert found["x"]["mean"] == 2.0
+    assert math.isnan(found["x"]["low"])
+
+
+def test_means_weigh_subjects_alike():
+    cells = {(1, 0): {"x": 0.0}, (1, 1): {"x": 2.0}, (2, 0): {"x": 5.0}}
+    assert quality.mean_scores(cells) == {"x": 3.0}
+
+
+# Cells
+
+
+def keep(task: Task, cache, value: int = 128, facts: dict | None = None) -> None:
+    """Put a finished cell of grey pictures into a cache."""
+    folder = cache / task.key
+    folder.mkdir(parents=True)
+    page = np.full((len(task.rows) * SIDE, task.plan.samples * SIDE, 3), value, np.uint8)
+    Image.fromarray(page).save(folder / "samples.png")
+    (folder / "history.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    (folder / "cell.json").write_text(json.dumps({"facts": facts or {}}))
+
+
+def task(name: str = BASELINE, **changes) -> Task:
+    return replace(Task(CONFIGURATIONS[name], 101, 0, PLAN), **changes)
+
+
+def test_a_cell_that_is_there_is_not_computed_again(tmp_path, monkeypatch):
+    keep(task(), tmp_path)
+    keep(task(BASE), tmp_path)
+    monkeypatch.setattr(quality, "workers", None)  # no server is started
+    tasks = {(BASELINE, 101, 0): task()}
+    assert quality.compute(tasks, task(BASE), tmp_path, servers=1) == []
+    assert task().make(None, tmp_path).history[0]["loss"] == 0.5
+
+
+def test_whatever_matters_makes_another_cell():
+    settings = {**CONFIGURATIONS[BASELINE].settings, "rank": 3}
+    others = [
+        task(),
+        task("para"),
+        task(subject=102),
+        task(seed=1),
+        task(plan=replace(PLAN, steps=5)),
+        task(configuration=replace(CONFIGURATIONS[BASELINE], settings=settings)),
+        task(configuration=replace(CONFIGURATIONS[BASELINE], version=2)),
+    ]
+    assert len({other.key for other in others}) == len(others)
+    assert task(configuration=replace(CONFIGURATIONS[BASELINE], against="x")).key == task().key
+
+
+def test_the_base_is_one_cell_for_all_subjects_seeds_and_steps():
+    changed = task(BASE, subject=102, seed=3, plan=replace(PLAN, steps=9))
+    assert changed.key == task(BASE).key
+
+
+def test_a_half_done_cell_does_not_count(tmp_path):
+    (tmp_path / task().key).mkdir()
+    assert task().load(tmp_path) is None
+
+
+def test_samples_come_back_by_their_row(tmp_path):
+    keep(task(), tmp_path)
+    path = tmp_path / task().key / "samples.png"
+    page = np.array(Image.open(path))
+    for number in range(len(task().rows)):
+        page[number * SIDE : (number + 1) * SIDE, SIDE : 2 * SIDE] = number
+    Image.fromarray(page).save(path)
+    cell = task().load(tmp_path)
+    for number, row in enumerate(task().rows):
+        first, second = cell.samples[row]
+        assert torch.all(first == 128 / 255)
+        assert torch.all(second == number / 255)
+
+
+def test_the_subject_is_asked_for_on_backgrounds_it_was_not_trained_on():
+    from demo.world import subject_pictures
+
+    trained = {caption for _, caption in subject_pictures(101, PLAN.pictures)}
+    asked = PLAN.subject_prompts(101)
+    assert len(set(asked)) == 4
+    assert not trained & set(asked)
+
+
+def fake_table(tmp_path, names=(BASE, BASELINE, "para")) -> list[str]:
+    """Keep cells of two subjects; return the arguments that show them."""
+    plan = Plan(samples=2)
+    losses = {"train_loss": 0.5, "train_loss_of_base": 1.0}
+    losses |= {"held_out_loss": 0.8, "held_out_loss_of_base": 1.0, "corruption": 0.1}
+    costs = {"parameters": 1000, "file_size": 4000, "steps_per_second": 2.0, "peak_memory": None}
+    for name in names:
+        for subject in (101, 102) if name != BASE else (101,):
+            one = Task(CONFIGURATIONS[name], subject, 0, plan)
+            keep(one, tmp_path, 100 + subject % 7, losses | costs if name != BASE else {})
+    command = f"--only-kept --cache {tmp_path} --subjects 101,102 --seeds 0 --samples 2"
+    return [*command.split(), "--methods", "lora,para"]
+
+
+def test_the_json_holds_what_it_promises(tmp_path, capsys):
+    arguments = fake_table(tmp_path)
+    files = {name: tmp_path / f"table.{name}" for name in ("json", "md", "png")}
+    more = ["--json", files["json"], "--markdown", files["md"], "--sheet", files["png"]]
+    assert quality.main([*arguments, *map(str, more)]) == 0
+    found = json.loads(files["json"].read_text(), parse_constant=pytest.fail)
+    assert {"machine", "command", "methods", "paired"} <= found.keys()
+    assert found["methods"].keys() == {"base", "lora", "para"}
+    promised = {
+        "subject_similarity",
+        "prompt_following",
+        "prior_drift",
+        "diversity",
+        "nearest_training",
+        "loss_gap",
+        "corruption",
+        "parameters",
+        "file_size",
+        "steps_per_second",
+    }
+    assert promised <= found["methods"]["lora"].keys()
+    assert found["methods"]["lora"]["loss_gap"] == pytest.approx(0.3)
+    assert "peak_memory" not in found["methods"]["lora"]  # was not measured
+    assert found["paired"].keys() == {"para"}
+    assert found["paired"]["para"]["prior_drift"].keys() == {"mean", "low", "high", "n"}
+    assert found["paired"]["para"]["prior_drift"]["n"] == 2
+    assert files["md"].read_text() == capsys.readouterr().out.rstrip("\n") + "\n"
+    assert Image.open(files["png"]).size[1] > 4 * SIDE
+
+
+def test_a_method_that_does_not_exist_is_named():
+    with pytest.raises(SystemExit, match="nonesuch"):
+        quality.main(["--methods", "nonesuch", "--only-kept"])
+
+
+def test_quick_is_small_unless_asked_otherwise():
+    options = quality.quick(quality.parser().parse_args(["--quick", "--steps", "7"]))
+    assert (options.steps, options.samples, options.subjects) == (7, 2, "101")
+
+
+# Servers
+
+
+def test_work_is_shared_out_and_each_worker_does_one_thing_at_a_time():
+    busy: set[str] = set()
+
+    def work(worker, task):
+        assert worker not in busy
+        busy.add(worker)
+        busy.discard(worker)
+        return task * 2
+
+    assert sorted(share_out(["a", "b"], work, range(9))) == [2 * n for n in range(9)]
+
+
+def test_the_meter_counts_steps_by_the_clock():
+    meter = Meter(0, "train", wall=True)
+    meter(Progress("1", "train", 0, 10, 0.0))
+    assert meter.steps_per_second() is None
+    meter.marks = [(1, 10.0), (9, 14.0)]
+    assert meter.steps_per_second() == 2.0
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    import os
+
+    before = reset_peak_memory(os.getpid())
+    if before is None:
+        pytest.skip("no /proc/<pid>/clear_refs on this system")
+    block = np.ones(64 << 20, np.uint8)
+    del block
+    assert peak_memory(os.getpid()) - before > 60 << 20
+    assert processor_seconds(os.getpid()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_tiny_run_trains_samples_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Plan, "sampler_steps", 1)
+    monkeypatch.setattr("benchmarks.cells.REFERENCE_NOISES", (1000,))
+    monkeypatch.setattr("benchmarks.quality.REFERENCE_NOISES", (1000,))
+    arguments = ["--quick", "--steps", "4", "--samples", "2", "--trajectory", "2"]
+    arguments += ["--methods", "lora", "--servers", "1", "--cache", str(tmp_path)]
+    assert quality.main([*arguments, "--json", str(tmp_path / "first.json")]) == 0
+    found = json.loads((tmp_path / "first.json").read_text())
+    lora = found["methods"]["lora"]
+    assert lora["parameters"] > 1000
+    assert lora["file_size"] > 4 * lora["parameters"]
+    assert lora["steps_per_second"] > 0
+    assert lora["peak_memory"] > 1e6
+    assert abs(lora["loss_gap"]) < 1
+    assert found["trajectory"]["lora"].keys() == {"2"}
+    monkeypatch.setattr(quality, "workers", None)
+    assert quality.main([*arguments, "--json", str(tmp_path / "second.json")]) == 0
+    assert json.loads((tmp_path / "second.json").read_text())["methods"] == found["methods"]
