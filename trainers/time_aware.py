@@ -144,9 +144,9 @@ class TimeAware(nn.Module, BaseTunerLayer):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "TimeAware":
         """Build it around tensors. Raises ValueError when they do not belong together."""
-        gates = [name.split(".") for name in tensors if name.endswith(".expand.bias")]
-        widths = {parts[1]: len(tensors[".".join(parts)]) for parts in gates if len(parts) == 4}
-        time_channels = {t.shape[-1] for n, t in tensors.items() if n.endswith(".reduce.weight")}
+        sizes = {tuple(n.split(".")): t.shape[-1] for n, t in tensors.items() if t.ndim}
+        widths = {n[1]: size for n, size in sizes.items() if n[2:] == ("expand", "bias")}
+        time_channels = {size for n, size in sizes.items() if n[2:] == ("reduce", "weight")}
         if not widths or len(time_channels) != 1:
             raise ValueError(f"{SITE} has {len(widths)} blocks for {len(time_channels)} times")
         with torch.device("meta"):  # the sizes are a file's: allocate nothing for them
