@@ -44,7 +44,7 @@ def set_free(unet: nn.Module, layers: Iterable[str]) -> None:
 def differences(unet: nn.Module) -> dict[str, Edit]:
     """Return what the free weights moved, {site: edit}; a bias is the site `<layer>.bias`."""
     return {
-        site: Difference((layer.free["default"].get_parameter(part) - base.float()).detach())
+        site: Difference((getattr(layer.free["default"], part) - base.float()).detach())
         for layer_name, layer in unet.named_modules()
         if isinstance(layer, Free)
         for part, base in layer.base_layer.named_parameters()

@@ -25,7 +25,7 @@ def set_rotations(unet: nn.Module, layers: list[str], block_size: int) -> None:
     if common % block_size:
         raise InputError(
             "block_size",
-            f"is {block_size}, but must divide {common}, what layers' inputs have in common.",
+            f"is {block_size}; give a divisor of {common}: all layers' inputs are multiples of it.",
         )
     config = OFTConfig(
         oft_block_size=block_size,

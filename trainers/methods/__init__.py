@@ -2,11 +2,12 @@
 
 from .a3ft import A3FT
 from .attention import Attention
+from .bnn import BNN
 from .dreambooth import DreamBooth
 from .lora import LoRA
 from .para import PaRa
 from .selective_zo import SelectiveZO
 
 METHODS = {
-    method.name: method for method in (LoRA, PaRa, DreamBooth, Attention, A3FT, SelectiveZO)
+    method.name: method for method in (LoRA, PaRa, DreamBooth, Attention, BNN, A3FT, SelectiveZO)
 }

@@ -19,6 +19,8 @@ from ..method import Method
 from ..settings import Settings, knob
 from ..sites import PRESETS, narrowest, sites
 
+INITS: dict[str, Any] = {"kaiming": True, "gaussian": "gaussian"}  # ours -> peft's
+
 
 @dataclass(frozen=True)
 class LoRASettings(Settings):
@@ -44,6 +46,13 @@ class LoRASettings(Settings):
         choices=tuple(PRESETS),
         advanced=True,
     )
+    init: str = knob(
+        "kaiming",
+        "How A starts (B starts at 0). kaiming: as in peft, 1 / sqrt(3 * inputs) wide; gaussian: "
+        "1 / rank wide, as in diffusers, where the first steps are larger.",
+        choices=tuple(INITS),
+        advanced=True,
+    )
 
 
 class LoRA(Method):
@@ -57,15 +66,17 @@ class LoRA(Method):
         targets = sites(unet, s.layers)
         check_rank(s.rank, narrowest(unet, targets))
         alpha: Any = s.alpha or s.rank  # peft computes with any number
-        config = LoraConfig(r=s.rank, lora_alpha=alpha, target_modules=targets)
+        config = LoraConfig(
+            r=s.rank, lora_alpha=alpha, init_lora_weights=INITS[s.init], target_modules=targets
+        )
         inject_adapter_in_model(config, unet)
 
     def learned(self, unet: nn.Module) -> dict[str, Edit]:
         alpha = float(self.settings.alpha or self.settings.rank)
         return {
             name: LowRank(
-                unet.get_parameter(f"{name}.lora_A.default.weight").detach().clone(),
-                unet.get_parameter(f"{name}.lora_B.default.weight").detach().clone(),
+                layer.lora_A["default"].weight.detach().clone(),
+                layer.lora_B["default"].weight.detach().clone(),
                 alpha,
             )
             for name, layer in unet.named_modules()

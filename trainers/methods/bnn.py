@@ -1,0 +1,366 @@
+"""BNN: Bayesian fine-tuning against the corruption stage (arXiv 2405.19931, 2024).
+
+    theta = mu + sigma * eps, eps ~ N(0, 1)       one sample per layer and step, shared by a batch
+    L = E_q L_DM + lambda KL(q || p)              q = N(mu, sigma^2), p = N(theta_0, sigma_0^2)
+
+Few-shot fine-tuning narrows what a network has learned: likeness rises, then pictures fill with
+noisy patterns, then it copies. Weights that are random while training keep what is learned wide.
+Afterwards mu is used: the file is a plain one, and pictures cost no more. Over a LoRA the up matrix
+is random (mu = 0 at first), over full weights a choice of layers, over OFT the rotation. sigma
+learns as mu does. The paper has lambda = 0 by default, and takes KL(q || p) in its Eq. 3 but
+KL(p || q) in its Algorithm 1.
+
+Ours: sigma relative to a layer's weights, the choice between sum and mean of the KL, OFT's block
+size, no weight decay, and noise that follows from the batch's seed alone, so that gradient
+checkpointing meets the same weights twice.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.oft.layer import OFTLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+
+from ..data import Batch
+from ..denoiser import Denoiser
+from ..edits import Edit
+from ..errors import InputError
+from ..free import Free, differences, set_free
+from ..method import Objective, generator
+from ..oft import rotations, set_rotations
+from ..settings import knob
+from ..sites import ROLES, layers_of, sites
+from .dreambooth import FREE_LAYERS
+from .lora import INITS, LoRA, LoRASettings
+
+STREAM = 7  # of the noise on weights
+LEAST_SIGMA = 1e-7
+DRAWN_ON_CPU = 2**18  # numbers; more are drawn where the weight is
+LINEAR = ("self-attention", "feed-forward", "projection")
+
+# preset -> roles of the layers that may be random, their kinds, where they are
+RANDOM: dict[str, tuple[tuple[str, ...], tuple[type[nn.Module], ...], str]] = {
+    "linear": (LINEAR, (nn.Linear,), ""),
+    "linear-up": (LINEAR, (nn.Linear,), "up_blocks."),
+    "linear+cross": ((*LINEAR, "cross-attention"), (nn.Linear,), ""),
+    "norm": (FREE_LAYERS["norms"], (nn.LayerNorm, nn.GroupNorm), ""),
+}
+# kind of trained layer -> where its own parameters are
+HOSTS: dict[type[BaseTunerLayer], str] = {LoraLayer: "lora_B", OFTLayer: "oft_R", Free: "free"}
+
+
+@dataclass(frozen=True)
+class BNNSettings(LoRASettings):
+    """Settings of Bayesian fine-tuning."""
+
+    learning_rate: float = knob(
+        1e-4,
+        "How far each step moves means and sigmas. Right for over = lora and oft; full weights "
+        "need 5e-6.",
+        min=0.0,
+        max=1.0,
+        step=1e-7,
+    )
+    weight_decay: float = knob(
+        0.0,
+        "Pull of the weights, and of sigma, towards zero. Leave at 0: kl_weight pulls to the base.",
+        min=0.0,
+        max=1.0,
+        step=1e-3,
+        advanced=True,
+    )
+    over: str = knob(
+        "lora",
+        "What learns. lora: a low-rank change; full: every weight; oft: a rotation of every "
+        "linear layer's inputs.",
+        choices=("lora", "full", "oft"),
+    )
+    sigma: float = knob(
+        0.01,
+        "Standard deviation of the noise on the weights at the start; it learns too. Too high: the "
+        "result collapses. 0: none, plain training.",
+        min=0.0,
+        max=10.0,
+        step=1e-3,
+    )
+    kl_weight: float = knob(
+        0.0,
+        "Lambda, the pull of means and sigmas towards where they started; the paper has 0, and 0.1 "
+        "in its runs on SD 1.4.",
+        min=0.0,
+        max=1e6,
+        step=0.01,
+    )
+    sigma_relative: bool = knob(
+        False,
+        "Take sigma as a share of the standard deviation of each base layer's weight, for bases "
+        "whose weights are not as large as Stable Diffusion's (0.02 to 0.04). No effect on oft.",
+        advanced=True,
+    )
+    kl_direction: str = knob(
+        "posterior to prior",
+        "posterior to prior: KL(q || p), the paper's Eq. 3; prior to posterior: KL(p || q), its "
+        "Algorithm 1.",
+        choices=("posterior to prior", "prior to posterior"),
+        advanced=True,
+    )
+    kl_reduction: str = knob(
+        "sum",
+        "sum: over all random weights; mean: per weight, so that lambda does not depend on how many "
+        "there are.",
+        choices=("sum", "mean"),
+        advanced=True,
+    )
+    random: str = knob(
+        "linear",
+        "Which layers are random over full weights. linear: of self-attention and feed-forward; "
+        "linear-up: those of the decoder half; linear+cross: and of cross-attention; norm: only "
+        "the norms, nearly as good and at no cost.",
+        choices=tuple(RANDOM),
+        advanced=True,
+    )
+    block_size: int = knob(
+        32,
+        "Over oft: how many inputs turn together. More: a freer, larger change.",
+        min=2,
+        max=1024,
+        advanced=True,
+    )
+    init: str = knob(
+        "gaussian",
+        "How a LoRA's A starts. gaussian: 1 / rank wide, as in the paper; kaiming: as in peft, "
+        "where noise on B reaches the weights many times weaker.",
+        choices=tuple(INITS),
+        advanced=True,
+    )
+
+
+class BNN(LoRA):
+    name = "bnn"
+    title = "BNN"
+    Settings = BNNSettings
+    settings: BNNSettings
+
+    def __init__(self, settings: BNNSettings):
+        super().__init__(settings)
+        self._noise_facts: dict[str, float] = {}
+
+    def adapt(self, unet: nn.Module) -> None:
+        s = self.settings
+        if s.kl_weight > 0 and s.sigma == 0:
+            raise InputError(
+                "kl_weight", f"is {s.kl_weight:g}, but 'sigma' is 0: no weight is random; set both."
+            )
+        named = random_layers(unet, s.random) if s.over == "full" else None
+        if s.over == "full":
+            set_free(unet, layers_of(unet, ROLES))
+        elif s.over == "oft":
+            set_rotations(unet, sites(unet, s.layers), s.block_size)
+        else:
+            super().adapt(unet)
+        if s.sigma > 0:
+            randomize(unet, named, s.sigma, s.sigma_relative and s.over != "oft")
+
+    def learned(self, unet: nn.Module) -> dict[str, Edit]:
+        with drawn(unet, None):
+            if self.settings.over == "full":
+                return differences(unet)
+            if self.settings.over == "oft":
+                return rotations(unet)
+            return super().learned(unet)
+
+    def loss(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """What is asked, of weights drawn with the batch's seed, and of how they are drawn.
+
+        Where gradients are on, the network stays drawn until `update` ends: with checkpointing the
+        backward pass computes it once more.
+        """
+        s, unet = self.settings, denoiser.unet
+        if torch.is_grad_enabled():
+            draw(unet, batch.seed)
+            loss = super().loss(denoiser, batch)
+        else:
+            with drawn(unet, batch.seed):
+                loss = super().loss(denoiser, batch)
+        if s.kl_weight == 0:
+            return loss
+        return loss + s.kl_weight * divergence(unet, s.kl_direction, s.kl_reduction)
+
+    def update(self, objectives: Sequence[Objective], optimizer: torch.optim.Optimizer) -> Tensor:
+        unet = objectives[0].denoiser.unet
+        try:
+            loss = super().update(objectives, optimizer)
+        finally:
+            draw(unet, None)
+        self._noise_facts = self._facts_of_noise(unet)
+        return loss
+
+    @torch.no_grad()
+    def _facts_of_noise(self, unet: nn.Module) -> dict[str, float]:
+        s, found = self.settings, list(posteriors(unet))
+        if not found:
+            return {}
+        total = sum(float(p.noise.spread().sum(dtype=torch.float64)) for p in found)
+        kl = float(divergence(unet, s.kl_direction, s.kl_reduction))
+        return {"kl": kl, "sigma": total / sum(p.mean.numel() for p in found)}
+
+    def facts(self) -> dict[str, float]:
+        return super().facts() | self._noise_facts
+
+
+class Gaussian(nn.Module):
+    """A parametrization that stands mu + sigma * eps in for a parameter mu.
+
+    Whether noise is drawn is `seed`'s to say, and not the training flag's: a frozen U-Net is always
+    in evaluation mode, and parametrizations take over that flag from their layer.
+    """
+
+    def __init__(self, mean: Tensor, sigma: float, index: int):
+        super().__init__()
+        self.sigma = nn.Parameter(torch.full_like(mean, sigma, dtype=torch.float32))
+        self.prior_sigma = max(sigma, LEAST_SIGMA)
+        self.index = index  # of this parameter in the network
+        self.seed: int | None = None  # of the batch; None: no noise
+
+    def spread(self) -> Tensor:
+        """Return sigma, at least 1e-7, shaped like mu."""
+        return self.sigma.clamp(min=LEAST_SIGMA)
+
+    def forward(self, mean: Tensor) -> Tensor:
+        if self.seed is None:
+            return mean
+        return mean + self.spread() * self.noise(self.seed).to(mean)
+
+    def noise(self, seed: int) -> Tensor:
+        """Return the eps of a batch, N(0, 1): for one device always the same.
+
+        Small parameters get the same on all devices; for large ones the CPU would take too long.
+        """
+        source = generator(seed, STREAM, self.index)
+        device = self.sigma.device if self.sigma.numel() > DRAWN_ON_CPU else source.device
+        if device != source.device:
+            source = torch.Generator(device).manual_seed(source.initial_seed())
+        return torch.randn(self.sigma.shape, generator=source, device=device)
+
+
+# Which weights are random
+
+
+def random_layers(unet: nn.Module, preset: str) -> set[str]:
+    """Name the layers of a plain U-Net that are random over full weights.
+
+    Raises InputError when there are none.
+    """
+    roles, kinds, place = RANDOM[preset]
+    found = {
+        name
+        for name in layers_of(unet, roles)
+        if name.startswith(place) and isinstance(unet.get_submodule(name), kinds)
+    }
+    if not found:
+        raise InputError("random", f"is '{preset}', but this base has no such layers.")
+    return found
+
+
+def tuned_layers(unet: nn.Module) -> dict[str, Any]:
+    """Return the layers that LoRA, OFT or full fine-tuning put in, by site."""
+    return {name: m for name, m in unet.named_modules() if isinstance(m, tuple(HOSTS))}
+
+
+def own_part(layer: Any) -> Any:
+    """Return the part of a tuned layer whose parameters may be random."""
+    attribute = next(HOSTS[kind] for kind in HOSTS if isinstance(layer, kind))
+    return getattr(layer, attribute)["default"]
+
+
+def randomize(unet: nn.Module, named: set[str] | None, sigma: float, relative: bool) -> None:
+    """Make the parameters of tuned layers (all, or those named) random.
+
+    relative: sigma is a share of the standard deviation of each base layer's weight.
+    """
+    index = 0
+    for site, layer in tuned_layers(unet).items():
+        if named is not None and site not in named:
+            continue
+        scale = float(layer.base_layer.weight.float().std(correction=0)) if relative else 1.0
+        part = own_part(layer)
+        for name, mean in list(part.named_parameters()):
+            register_parametrization(part, name, Gaussian(mean, sigma * scale, index))
+            index += 1
+
+
+def draw(unet: nn.Module, seed: int | None) -> None:
+    """Draw weights with the noise of a batch from now on. None: weights are their means."""
+    for module in unet.modules():
+        if isinstance(module, Gaussian):
+            module.seed = seed
+
+
+@contextmanager
+def drawn(unet: nn.Module, seed: int | None) -> Iterator[None]:
+    """Inside, weights are drawn with the noise of a batch (None: they are their means)."""
+    found = [module for module in unet.modules() if isinstance(module, Gaussian)]
+    before = [gaussian.seed for gaussian in found]
+    draw(unet, seed)
+    try:
+        yield
+    finally:
+        for gaussian, earlier in zip(found, before, strict=True):
+            gaussian.seed = earlier
+
+
+# How far they went
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q of one parameter, and its prior's mean."""
+
+    noise: Gaussian
+    mean: Tensor
+    prior_mean: Tensor | None  # theta_0, shaped like the mean; None: zero
+
+
+def posteriors(unet: nn.Module) -> Iterator[Posterior]:
+    """Yield every random parameter of a network."""
+    for layer in tuned_layers(unet).values():
+        part = own_part(layer)
+        if not is_parametrized(part):
+            continue
+        for name, steps in part.parametrizations.items():
+            base = layer.base_layer.get_parameter(name) if isinstance(layer, Free) else None
+            yield Posterior(steps[0], steps.original, base)
+
+
+def divergence(unet: nn.Module, direction: str, reduction: str) -> Tensor:
+    """Return the KL divergence between the network's posterior and prior: scalar.
+
+    direction: "posterior to prior" is KL(q || p). reduction: "sum" over all random weights, or
+    their "mean".
+    """
+    total, count = torch.zeros((), device=next(unet.parameters()).device), 0
+    for posterior in posteriors(unet):
+        mean, sigma = posterior.mean, posterior.noise.spread()
+        # a tensor on the device: CUDA divides by a number with a rounded reciprocal
+        prior_sigma = mean.new_full((), posterior.noise.prior_sigma)
+        prior_mean = torch.zeros_like(prior_sigma)
+        if posterior.prior_mean is not None:
+            prior_mean = posterior.prior_mean.to(mean.dtype)
+        if direction == "posterior to prior":
+            kl = normal_kl(mean, sigma, prior_mean, prior_sigma)
+        else:
+            kl = normal_kl(prior_mean, prior_sigma, mean, sigma)
+        total, count = total + kl.sum(), count + mean.numel()
+    return total / max(count, 1) if reduction == "mean" else total
+
+
+def normal_kl(mean: Tensor, sigma: Tensor, other_mean: Tensor, other_sigma: Tensor) -> Tensor:
+    """Return KL(N(mean, sigma^2) || N(other_mean, other_sigma^2)), element-wise, 0 if equal."""
+    ratio, shift = sigma / other_sigma, (mean - other_mean) / other_sigma
+    return (ratio.square() + shift.square() - 1) / 2 - ratio.log()
