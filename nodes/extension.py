@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..trainers.methods import METHODS
+from .combine import Combine
 from .data import Dataset
 from .demo import DemoBase, DemoSubject
 from .folder import Folder
@@ -15,4 +16,4 @@ class PersonalizeExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         training = [train_node(method) for method in METHODS.values()]
-        return [Folder, Dataset, *training, Apply, Load, DemoBase, DemoSubject]
+        return [Folder, Dataset, *training, Apply, Load, Combine, DemoBase, DemoSubject]

@@ -93,7 +93,7 @@ class RotationPatch(EditPatch):
         return Rotation(self.weights[0]).apply(weight, strength)
 
 
-def patch_of(edit: Edit) -> WeightAdapterBase | tuple:
+def patch_of(edit: Edit | CombinedReduction) -> WeightAdapterBase | tuple:
     """Return the patch of an edit: ComfyUI's own where it has one."""
     if isinstance(edit, LowRank):
         weights = (edit.up, edit.down, edit.alpha, None, None, None)
@@ -156,7 +156,9 @@ def fitting_edits(
     return edits
 
 
-def add_edits(patched: ModelPatcher, edits: Mapping[str, Edit], strength: float) -> None:
+def add_edits(
+    patched: ModelPatcher, edits: Mapping[str, Edit | CombinedReduction], strength: float
+) -> None:
     """Put edits of weights on top of what a MODEL (a clone of your own) carries already."""
     if strength == 0.0:
         return
