@@ -1,23 +1,32 @@
 """The stable loss: fixed pictures, timesteps and noise."""
 
+import json
+import math
 from itertools import product
 
 import pytest
 import torch
 
 from personalize.trainers.loop import adapt
-from personalize.trainers.method import denoising_loss
+from personalize.trainers.method import denoising_loss, generator
 from personalize.trainers.methods.dreambooth import DreamBooth
 from personalize.trainers.methods.lora import LoRA
 from personalize.trainers.monitor import (
+    BINS,
+    LATENTS_AT_ONCE,
     TIMESTEPS,
+    Evaluation,
+    Examination,
+    Probe,
     corruption,
     fixed_batches,
     high_frequency_energy,
+    indicator,
     over_fitting,
+    rounds_for,
     stable_loss,
 )
-from tests.tiny import make, run, tiny_data, tiny_denoiser
+from tests.tiny import SIDE, make, noise, run, tiny_data, tiny_denoiser
 
 
 def test_it_is_the_same_number_every_time_and_draws_nothing():
@@ -97,3 +106,131 @@ def test_training_on_one_picture_opens_a_gap():
     assert found["train_loss"] == stable_loss(denoiser, data.training[:1])
     fell_in_training = found["train_loss_of_base"] - found["train_loss"]
     assert fell_in_training > found["held_out_loss_of_base"] - found["held_out_loss"]
+
+
+# Examinations
+
+
+def examined(steps: int, **data) -> tuple[Evaluation, Evaluation]:
+    """Train and return how the base and the tuned network stand."""
+    pictures, denoiser = tiny_data(count=1, **data), tiny_denoiser()
+    splits = {"train": pictures.training, "held_out": pictures.held_out}
+    examination = Examination(denoiser, splits | {"prior": pictures.prior}, rounds=2)
+    run(make(LoRA, steps=steps, batch_size=4), denoiser, pictures)
+    return examination.of_base(), examination.evaluate(denoiser, steps)
+
+
+def naive_answer(denoiser, examples, rounds: int) -> list[float]:
+    """The loss of every bin, one row at a time."""
+    bins = [[] for _ in range(BINS)]
+    for turn, b in product(range(rounds), range(BINS)):
+        row = turn * BINS + b
+        picture = examples[(row + row // math.lcm(len(examples), BINS)) % len(examples)]
+        t = torch.tensor([int((b + (turn + 0.5) / rounds) * 100)])
+        eps = torch.randn(4, SIDE, SIDE, generator=generator(0, 3, row))
+        a = float(denoiser.schedule.alphas_cumprod[t])
+        noisy = a**0.5 * picture.latent + (1 - a) ** 0.5 * eps
+        with torch.no_grad():
+            out = denoiser.unet(noisy[None], t, picture.context[None]).sample[0]
+        bins[b].append(float(((out - eps) ** 2).mean()))
+    return [sum(values) / len(values) for values in bins]
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_the_loss_of_every_bin_is_its_naive_reference(rounds):
+    denoiser, data = tiny_denoiser(), tiny_data(count=4)
+    answer = Probe.of(data.training, denoiser.timestep_count, rounds).ask(denoiser)
+    expected = naive_answer(denoiser, data.training, rounds)
+    assert answer.loss.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 10, 12, 20])
+def test_all_pictures_are_asked_about_equally_and_take_turns_in_every_bin(count):
+    data = tiny_data(count=count)
+    rounds = count
+    batch = Probe.of(data.training, 1000, rounds).batch
+    which = [
+        next(i for i, e in enumerate(data.training) if torch.equal(e.latent, latent))
+        for latent in batch.latents
+    ]
+    times = [which.count(i) for i in range(count)]
+    assert max(times) == min(times)
+    in_bins = [{which[row] for row in range(b, len(which), BINS)} for b in range(BINS)]
+    assert all(len(seen) >= min(count, rounds) / 2 for seen in in_bins)
+    assert (batch.timesteps * BINS // 1000).tolist() == [r % BINS for r in range(rounds * BINS)]
+
+
+def test_asking_in_pieces_gives_the_same_answer():
+    data, denoiser = tiny_data(count=2), tiny_denoiser()
+    whole = Probe.of(data.training, 1000, 2).ask(denoiser)
+    from personalize.trainers import monitor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "LATENTS_AT_ONCE", 3 * SIDE * SIDE)  # 3 rows at a time
+        pieces = Probe.of(data.training, 1000, 2).ask(denoiser)
+    assert torch.allclose(whole.loss, pieces.loss, rtol=1e-5)
+    assert LATENTS_AT_ONCE >= 64 * 64  # a row of SD 1.5 at least
+
+
+def test_the_base_is_at_zero_everywhere():
+    base, _ = examined(steps=1, held_out=2, prior=2)
+    assert base.step == 0
+    assert (base.train, base.held_out, base.prior) == (
+        base.train_of_base,
+        base.held_out_of_base,
+        base.prior_of_base,
+    )
+    assert set(base.gamma) == {0.0} and base.prior_drift == 0.0 and base.corruption == 1.0
+
+
+@pytest.fixture(scope="module")
+def before_and_after() -> tuple[Evaluation, Evaluation]:
+    return examined(steps=30, held_out=2, prior=2)
+
+
+def test_training_on_one_picture_lowers_its_loss_and_widens_the_gap(before_and_after):
+    base, tuned = before_and_after
+    assert tuned.train < base.train
+    assert tuned.gap > base.gap
+    assert tuned.gap == (tuned.held_out - tuned.train) / tuned.train_of_base
+    assert tuned.prior_drift == tuned.prior / tuned.prior_of_base - 1 != 0
+
+
+def test_the_indicator_is_apts_formula_in_every_bin(before_and_after):
+    base, tuned = before_and_after
+    gaps = zip(base.train_bins, tuned.train_bins, strict=True)
+    expected = [min(1.0, max(0.0, 1 - math.exp(-1000 * (a - b)))) for a, b in gaps]
+    assert list(tuned.gamma) == pytest.approx(expected)
+    values = indicator(torch.tensor([1.001, 1.0, 0.5]).double(), torch.ones(3).double())
+    assert values.tolist() == pytest.approx([0.63212, 0.0, 0.0], abs=1e-4)
+
+
+def test_what_is_missing_is_not_measured():
+    base, tuned = examined(steps=1)
+    assert base.held_out is base.prior is tuned.held_out_bins is None
+    assert tuned.gap is tuned.prior_drift is None
+
+
+def test_a_line_of_the_history_gives_the_evaluation_back():
+    _, tuned = examined(steps=1, held_out=1)
+    line = json.loads(json.dumps(tuned.as_line() | {"seconds": 1.5, "samples": []}))
+    assert line["evaluation"] is True and line["step"] == 1
+    assert Evaluation.from_line(line) == tuned
+    with pytest.raises((KeyError, TypeError)):
+        Evaluation.from_line({"step": 3, "loss": 0.1})
+
+
+def test_asking_leaves_network_and_generators_alone():
+    denoiser, data = tiny_denoiser(), tiny_data(held_out=1)
+    inputs = noise(1, 4, SIDE, SIDE), torch.tensor([5]), noise(1, 7, 32)
+    before, state = denoiser(*inputs), torch.get_rng_state()
+    Examination(denoiser, {"train": data.training}).evaluate(denoiser, 1)
+    assert torch.equal(before, denoiser(*inputs))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_tenth_of_the_run_is_what_measuring_may_take():
+    assert rounds_for(1, 50, 2) == 1  # 1,000 steps of one picture, 20 evaluations
+    assert rounds_for(4, 50, 2) == 3
+    assert rounds_for(64, 50, 2) == 4
+    assert rounds_for(1, 1, 3) == 1

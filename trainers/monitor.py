@@ -1,16 +1,198 @@
 """Measuring over-fitting. Raw training loss is mostly the luck of the timestep; this is not."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Batch, Example
+from .data import Batch, Example, stack_contexts
 from .denoiser import Denoiser
 from .method import denoising_loss, generator
 
 TIMESTEPS = 10  # evenly spaced: the centres of as many bins
+BINS = TIMESTEPS
+TEMPERATURE = 1000.0  # T of APT's indicator
+SHARE = 0.1  # of a run's work that its evaluations may take
+ROWS_PER_EXAMPLE = 3  # forward passes that a trained example costs: there, back, and a little
+MOST_ROUNDS = 4
+LATENTS_AT_ONCE = 4 * 64 * 64  # places in the latents of one forward pass: four SD 1.5 pictures
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a network stands after some steps; base and tuned were asked the very same.
+
+    Losses are stable losses; None where there is nothing to measure on. `..._bins` have a number
+    for every tenth of the timesteps, low first.
+    """
+
+    step: int  # 0: the base
+    train: float
+    train_of_base: float
+    train_bins: tuple[float, ...]
+    gamma: tuple[float, ...]  # APT's indicator on the training pictures: 0..1 in every bin
+    corruption: float  # high-frequency energy of predicted pictures over the base's: 1 as there
+    held_out: float | None = None
+    held_out_of_base: float | None = None
+    held_out_bins: tuple[float, ...] | None = None
+    prior: float | None = None
+    prior_of_base: float | None = None
+    prior_bins: tuple[float, ...] | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """How much more is lost on held-out pictures than on training ones, over the base's."""
+        if self.held_out is None:
+            return None
+        return (self.held_out - self.train) / self.train_of_base
+
+    @property
+    def prior_drift(self) -> float | None:
+        """How much worse the class is drawn than by the base: 0 as there, 1 twice the loss."""
+        if self.prior is None or self.prior_of_base is None:
+            return None
+        return self.prior / self.prior_of_base - 1
+
+    def as_line(self) -> dict[str, Any]:
+        """Return the line of history.jsonl."""
+        return {
+            "evaluation": True,
+            **asdict(self),
+            "gap": self.gap,
+            "prior_drift": self.prior_drift,
+        }
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> "Evaluation":
+        """Read a line of history.jsonl. Raises KeyError or TypeError for another kind of line."""
+        known = {f.name: line[f.name] for f in fields(cls) if f.name in line}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+
+
+class Examination:
+    """Fixed questions to a network that is being trained, and the base's answers to them.
+
+    splits: pictures that are trained on ("train"), others of the subject ("held_out"), and of its
+    class ("prior"); the last two may be missing or empty. Draws nothing from the run's generators.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, splits: Mapping[str, Sequence[Example]], rounds: int = 1
+    ):
+        count = denoiser.timestep_count
+        self.probes = {
+            name: Probe.of(examples, count, rounds if name != "prior" else 1)
+            for name, examples in splits.items()
+            if examples
+        }
+        with denoiser.prior():
+            self.base = self._answers(denoiser)
+
+    def of_base(self) -> Evaluation:
+        """Return how the base stands."""
+        return self._evaluation(0, self.base)
+
+    def evaluate(self, denoiser: Denoiser, step: int) -> Evaluation:
+        """Ask the network as it is now."""
+        return self._evaluation(step, self._answers(denoiser))
+
+    def _answers(self, denoiser: Denoiser) -> "dict[str, Answer]":
+        return {name: probe.ask(denoiser) for name, probe in self.probes.items()}
+
+    def _evaluation(self, step: int, answers: "dict[str, Answer]") -> Evaluation:
+        found: dict[str, Any] = {}
+        for name, answer in answers.items():
+            found[name] = float(answer.loss.mean())
+            found[f"{name}_of_base"] = float(self.base[name].loss.mean())
+            found[f"{name}_bins"] = tuple(answer.loss.tolist())
+        gamma = indicator(self.base["train"].loss, answers["train"].loss)
+        seen = "held_out" if "held_out" in answers else "train"
+        graininess = torch.log2(answers[seen].grain / self.base[seen].grain).mean().exp2()
+        return Evaluation(
+            step=step, gamma=tuple(gamma.tolist()), corruption=float(graininess), **found
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a network has to say to a probe."""
+
+    loss: Tensor  # (BINS,) fp64
+    grain: Tensor  # (BINS,) high-frequency energy of the pictures predicted in one step
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Pictures at fixed timesteps with fixed noise. Row i is in bin i % BINS.
+
+    The pictures take turns, in every bin; rows of different probes have the same noise.
+    """
+
+    batch: Batch  # on the CPU
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], timestep_count: int, rounds: int) -> "Probe":
+        """Put `rounds` rows into every bin, evenly spaced."""
+        rows = range(rounds * BINS)
+        cycle = math.lcm(len(examples), BINS)  # then a bin would meet the same pictures again
+        chosen = [examples[(row + row // cycle) % len(examples)] for row in rows]
+        places = [row % BINS + (row // BINS + 0.5) / rounds for row in rows]
+        timesteps = torch.tensor([int(place * timestep_count / BINS) for place in places])
+        latents = torch.stack([example.latent for example in chosen])
+        noise = [torch.randn(latents[0].shape, generator=generator(0, 3, row)) for row in rows]
+        contexts = stack_contexts([example.context for example in chosen])
+        ones = torch.ones(len(chosen))
+        return cls(
+            Batch(latents, torch.stack(noise), timesteps, contexts, ones, ones.bool(), seed=0)
+        )
+
+    @torch.no_grad()
+    def ask(self, denoiser: Denoiser) -> Answer:
+        """Return the answer of the network as it is; inside `denoiser.prior()`, of the base."""
+        losses, grains = [], []
+        for batch in self._parts():
+            batch = batch.to(denoiser.device)
+            noisy = denoiser.noised(batch.latents, batch.noise, batch.timesteps)
+            predicted = denoiser(noisy, batch.timesteps, batch.context)
+            target = denoiser.target(batch.latents, batch.noise, batch.timesteps)
+            cleaned = denoiser.cleaned(noisy, predicted, batch.timesteps)
+            losses.append((predicted - target).square().flatten(1).mean(1).cpu())
+            grains.append(high_frequency_energy(cleaned).cpu())
+        return Answer(per_bin(torch.cat(losses)), per_bin(torch.cat(grains)))
+
+    def _parts(self) -> Iterator[Batch]:
+        """Cut the batch into pieces that take little memory."""
+        rows = len(self.batch.latents)
+        size = max(1, LATENTS_AT_ONCE // self.batch.latents[0, 0].numel())
+        for start in range(0, rows, size):
+            parts = {
+                name: value[start : start + size] if torch.is_tensor(value) else value
+                for name, value in vars(self.batch).items()
+            }
+            yield Batch(**parts)
+
+
+def per_bin(values: Tensor) -> Tensor:
+    """Average the values of rows, (rounds * BINS,), in every bin: (BINS,) fp64."""
+    return values.double().unflatten(0, (-1, BINS)).mean(0)
+
+
+def indicator(base: Tensor, tuned: Tensor) -> Tensor:
+    """Return 1 - exp(-T (L_base - L)) of every bin, clamped to 0..1   (APT's gamma)."""
+    return (1 - torch.exp(-TEMPERATURE * (base - tuned))).clamp(0, 1)
+
+
+def rounds_for(examples_per_step: int, every: int, splits: int) -> int:
+    """Return how many rows a bin can have for a tenth of a run's work; at least one.
+
+    every: steps between evaluations; splits: how many there are.
+    """
+    rows = SHARE * ROWS_PER_EXAMPLE * examples_per_step * every
+    return min(MOST_ROUNDS, max(1, int(rows / (splits * BINS))))
 
 
 def fixed_batches(denoiser: Denoiser, examples: Sequence[Example]) -> Iterator[Batch]:
