@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -57,6 +58,17 @@ def layers_of(unet: nn.Module, roles: Iterable[str]) -> list[str]:
     """List the layers that have one of the roles, in module order."""
     patterns = [re.compile(ROLES[role]) for role in roles]
     return [name for name, _ in unet.named_modules() if any(p.search(name) for p in patterns)]
+
+
+def attentions(unet: nn.Module, role: str, half: str = "all") -> dict[str, Any]:
+    """Return the attentions of a role by name, adapted or not, in module order.
+
+    role: "self-attention" or "cross-attention". half: "all", or "decoder" for the half that
+    leads to the output.
+    """
+    queries = [name for name in layers_of(unet, (role,)) if name.endswith(".to_q")]
+    names = [name.removesuffix(".to_q") for name in queries]
+    return {n: unet.get_submodule(n) for n in names if half == "all" or n.startswith("up_blocks.")}
 
 
 def self_attention_outputs(unet: nn.Module) -> list[str]:

@@ -1,0 +1,464 @@
+"""APT: adaptive personalised training (Chae et al., CVPR 2025, arXiv 2507.02687).
+
+    gamma_b = 1 - exp(-T (EMA_b[L_base] - EMA_b[L])) in [0, 1]     how over-fitted bin b is
+    L = (1 - gamma_b) L_DM + lambda_rs (L_mu + L_sigma) + lambda_aa L_attn
+
+Over a LoRA, three parts. Adaptive Training Adjustment: per bin of timesteps (10), the loss of the
+tuned and of the frozen model on the same input; the bin's loss is weighed down by 1 - gamma, and
+its pictures are zoomed out (1 to 3 times) and turned (up to 15 degrees) with probability gamma.
+Representation Stabilization: mean and standard deviation of self-attention's outputs stay those of
+the base. Attention Alignment: so do the cross-attention maps.
+
+Ours, for want of published values: T = 1000, a probability of at most p_max, features from the
+decoder half, maps averaged over heads and taken over all text tokens where there are at most
+32 x 32 queries, pictures of the class left out of the bins and of the weights 1 - gamma, both
+caches, and both lambdas: measured on the demo base, each term would be about 10 % of L_DM at step
+100 of a LoRA that none of the parts holds back (lr 1e-3, rank 16, 5 pictures, batches of 4).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import Batch, PersonalData
+from ..denoiser import Denoiser
+from ..errors import InputError
+from ..method import Draws, Objective, denoising_loss, generator
+from ..settings import knob
+from ..sites import attentions
+from .lora import LoRA, LoRASettings
+
+BINS = 10  # of timesteps
+EMA_RATE = 0.1
+MOST_ZOOM, MOST_DEGREES = 3.0, 15.0
+MOST_QUERIES = 32**2  # of an attention map that is aligned
+PREDICTION = "prediction"  # the name of the network's own output
+VIEW_LIFETIME = 100  # steps until a pre-encoded view is replaced
+PADDINGS = {"black": "zeros", "reflect": "reflection", "edge": "border"}  # ours -> torch's
+
+
+@dataclass(frozen=True)
+class APTSettings(LoRASettings):
+    """Settings of APT."""
+
+    adaptive: bool = knob(
+        True, "Adaptive Training Adjustment: weigh and augment by how over-fitted a timestep is."
+    )
+    stabilize: bool = knob(
+        True, "Representation Stabilization: keep the statistics of the base's features."
+    )
+    align: bool = knob(True, "Attention Alignment: keep looking at words where the base does.")
+    lambda_rs: float = knob(
+        0.1, "Weight of Representation Stabilization.", min=0.0, max=1e6, step=0.01
+    )
+    lambda_aa: float = knob(1.0, "Weight of Attention Alignment.", min=0.0, max=1e6, step=0.1)
+    p_max: float = knob(
+        0.8,
+        "Highest share of pictures that are augmented.",
+        min=0.0,
+        max=1.0,
+        step=0.05,
+        advanced=True,
+    )
+    pad: str = knob(
+        "black",
+        "What surrounds a picture that was zoomed out.",
+        choices=tuple(PADDINGS),
+        advanced=True,
+    )
+    temperature: float = knob(
+        1000.0,
+        "T of the indicator: higher takes a smaller gap between the losses for over-fitting.",
+        min=0.0,
+        max=1e6,
+        step=100.0,
+        advanced=True,
+    )
+    features: str = knob(
+        "decoder",
+        "Whose self-attention is stabilised: the decoder half of the U-Net, or all of it.",
+        choices=("decoder", "all"),
+        advanced=True,
+    )
+    view_pool: int = knob(
+        0,
+        "Augmented views kept encoded per picture, each for 100 steps, where the VAE is slow. "
+        "0: encode every one when it is drawn.",
+        min=0,
+        max=1000,
+        advanced=True,
+    )
+    teacher_cache: int = knob(
+        0,
+        "Go through so many batches again and again, and keep what the frozen base says to them: "
+        "faster, but noise repeats. 0: every batch is new.",
+        min=0,
+        max=100_000,
+        advanced=True,
+    )
+
+
+class Indicator(nn.Module):
+    """How over-fitted each of 10 equal bins of timesteps is; saved and restored as a state_dict."""
+
+    ema_base: Tensor  # (10,) loss of the frozen model
+    ema_tuned: Tensor  # (10,)
+    seen: Tensor  # (10,) bool
+
+    @torch.inference_mode(False)  # what is born in inference mode can not be moved outside
+    def __init__(self, temperature: float = 1000.0):
+        super().__init__()
+        self.temperature = temperature
+        self.register_buffer("ema_base", torch.zeros(BINS, dtype=torch.float64))
+        self.register_buffer("ema_tuned", torch.zeros(BINS, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(BINS, dtype=torch.bool))
+
+    def gamma(self) -> Tensor:
+        """Return gamma of every bin, (10,) in [0, 1]; 0 where nothing was seen."""
+        gap = self.ema_base - self.ema_tuned
+        return (1 - torch.exp(-self.temperature * gap)).clamp(0, 1)
+
+    @torch.no_grad()
+    def observe(self, bins: Tensor, base: Tensor, tuned: Tensor) -> None:
+        """Take in losses, (N,) each, one after the other; a bin's first one sets its averages."""
+        for b, *losses in zip(bins.tolist(), base.double(), tuned.double(), strict=True):
+            rate = EMA_RATE if self.seen[b] else 1.0
+            for average, loss in zip((self.ema_base, self.ema_tuned), losses, strict=True):
+                average[b] = (1 - rate) * average[b] + rate * loss
+            self.seen[b] = True
+
+
+def bins_of(timesteps: Tensor, timestep_count: int) -> Tensor:
+    """Return the bin of each timestep in [0, T): int in [0, 10)."""
+    return timesteps * BINS // timestep_count
+
+
+@dataclass(frozen=True)
+class ViewedBatch(Batch):
+    """A batch that knows which of its pictures were augmented."""
+
+    augmented: Tensor  # (B,) bool
+    draw: Tensor  # (B,) int, the same for the same example, view, noise and timestep
+
+    def only(self, i: int) -> "ViewedBatch":
+        """Return the batch of one example."""
+        rows = {n: value[i : i + 1] for n, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **rows)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a network has to say to a batch, as far as APT compares it."""
+
+    loss: Tensor  # (B,) unweighted
+    moments: tuple[Tensor, ...]  # per layer (B, 2, C): mean and deviation over the tokens
+    maps: tuple[Tensor, ...]  # per layer (B, queries, text tokens)
+
+    def to(self, device: torch.device) -> "Answer":
+        """Move every tensor."""
+        return Answer(
+            self.loss.to(device),
+            tuple(m.to(device) for m in self.moments),
+            tuple(m.to(device) for m in self.maps),
+        )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a loss that is being back-propagated showed."""
+
+    bins: Tensor  # (N,) of the subject's examples
+    base: Tensor  # (N,) losses
+    tuned: Tensor  # (N,)
+    augmented: float  # share of them
+    loss_rs: float
+    loss_aa: float
+
+
+class APT(LoRA):
+    name = "apt"
+    title = "APT"
+    Settings = APTSettings
+    settings: APTSettings
+
+    def __init__(self, settings: APTSettings):
+        super().__init__(settings)
+        self.indicator = Indicator(settings.temperature)
+        self.views = Views(settings.seed, settings.pad)
+        self._base_answers: dict[int, Answer] = {}  # by draw, on the CPU
+        self._observed: list[Observation] | None = None  # a list while a step is made
+        self._facts: dict[str, float] = {}
+
+    @property
+    def compares(self) -> bool:
+        """Whether the frozen model is asked at all; if not, this is a plain LoRA."""
+        s = self.settings
+        return s.adaptive or s.stabilize or s.align
+
+    def adapt(self, unet: nn.Module) -> None:
+        s = self.settings
+        if s.stabilize and not attentions(unet, "self-attention", s.features):
+            raise InputError("features", f"is '{s.features}', where this base has no attention.")
+        super().adapt(unet)
+
+    def gamma(self, batch: Batch, timestep_count: int) -> Tensor:
+        """Return how over-fitted the bin of each example is, (B,) in [0, 1]; 0 for the class."""
+        if not self.settings.adaptive:
+            return torch.zeros_like(batch.weight)
+        bins = bins_of(batch.timesteps, timestep_count)
+        gamma = self.indicator.gamma().float().to(bins.device)
+        return gamma[bins] * batch.of_subject
+
+    # What is shown
+
+    def draw(self, data: PersonalData, denoiser: Denoiser, draws: Draws) -> Batch:
+        if not self.compares:
+            return super().draw(data, denoiser, draws)
+        s = self.settings
+        drawn = repeated(draws, s.teacher_cache) if s.teacher_cache else draws
+        batch = super().draw(data, denoiser, drawn)
+        chance = self.gamma(batch, denoiser.timestep_count).clamp(max=s.p_max)
+        rng = generator(draws.seed, 5, draws.index)
+        augmented = torch.rand(len(chance), generator=rng) < chance
+        slots = torch.randint(max(1, s.view_pool), chance.shape, generator=rng)
+        number = drawn.index * len(chance) + torch.arange(len(chance))
+        latents = batch.latents.clone()
+        shown = draws_of(data, drawn, s.batch_size)  # these come first in a batch
+        for i in augmented.nonzero().flatten().tolist():
+            latents[i] = self._view(data, shown[i], int(number[i]), int(slots[i]), draws.step)
+        seed = generator(draws.seed, 4, draws.index).initial_seed()  # never that of a repeated draw
+        known = vars(batch) | {"latents": latents, "seed": seed}
+        return ViewedBatch(**known, augmented=augmented, draw=2 * number + augmented)
+
+    def _view(self, data: PersonalData, picture: int, draw: int, slot: int, step: int) -> Tensor:
+        s = self.settings
+        if s.teacher_cache:  # a repeated draw shows the very same view
+            return self.views.kept(data, picture, place=draw, number=draw)
+        if s.view_pool:
+            place = picture * s.view_pool + slot
+            age = (step + slot * VIEW_LIFETIME // s.view_pool) // VIEW_LIFETIME  # one by one
+            return self.views.kept(
+                data, picture, place, number=age * s.view_pool * len(data.training) + place
+            )
+        return self.views.encoded(data, picture, number=draw)
+
+    # What is asked
+
+    def loss(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        if not self.compares:
+            return super().loss(denoiser, batch)
+        s = self.settings
+        base = self._base_answer(denoiser, batch)
+        gamma = self.gamma(batch, denoiser.timestep_count)
+        with recording(self._compared(denoiser)) as outputs:
+            total = super().loss(denoiser, replace(batch, weight=batch.weight * (1 - gamma)))
+        tuned = self._answer(denoiser, batch, outputs)
+        rs = (batch.weight * moment_distance(tuned, base)).sum()
+        aa = (batch.weight * map_distance(tuned, base)).sum()
+        if self._observed is not None:
+            self._observed.append(self._observation(denoiser, batch, base, tuned, rs, aa))
+        return total + s.lambda_rs * rs + s.lambda_aa * aa
+
+    def _compared(self, denoiser: Denoiser) -> dict[str, nn.Module]:
+        """Return the modules whose outputs are compared, by name."""
+        s, unet = self.settings, denoiser.unet
+        watched: dict[str, nn.Module] = {PREDICTION: denoiser}
+        if s.stabilize:
+            watched |= attentions(unet, "self-attention", s.features)
+        if s.align:
+            for name, attention in attentions(unet, "cross-attention").items():
+                watched |= {f"{name}.to_q": attention.to_q, f"{name}.to_k": attention.to_k}
+        return watched
+
+    def _answer(self, denoiser: Denoiser, batch: Batch, outputs: dict[str, Tensor]) -> Answer:
+        s, unet = self.settings, denoiser.unet
+        target = denoiser.target(batch.latents, batch.noise, batch.timesteps)
+        error = F.mse_loss(outputs[PREDICTION].detach(), target, reduction="none")
+        moments = attentions(unet, "self-attention", s.features) if s.stabilize else {}
+        maps = attentions(unet, "cross-attention") if s.align else {}
+        return Answer(
+            error.flatten(1).mean(1),
+            tuple(token_moments(outputs[name]) for name in moments),
+            tuple(
+                attention_map(outputs[f"{name}.to_q"], outputs[f"{name}.to_k"], attention.heads)
+                for name, attention in maps.items()
+                if outputs[f"{name}.to_q"].shape[1] <= MOST_QUERIES
+            ),
+        )
+
+    def _base_answer(self, denoiser: Denoiser, batch: Batch) -> Answer:
+        if not self.settings.teacher_cache or not isinstance(batch, ViewedBatch):
+            return self._ask_base(denoiser, batch)
+        draws = batch.draw.tolist()
+        for i, draw in enumerate(draws):
+            if draw not in self._base_answers:  # each alone: a resumed run gets the same bits
+                answer = self._ask_base(denoiser, batch.only(i))
+                self._base_answers[draw] = answer.to(torch.device("cpu"))
+        return stacked([self._base_answers[draw] for draw in draws]).to(batch.latents.device)
+
+    @torch.no_grad()
+    def _ask_base(self, denoiser: Denoiser, batch: Batch) -> Answer:
+        with denoiser.prior(), recording(self._compared(denoiser)) as outputs:
+            denoising_loss(denoiser, batch)
+        return self._answer(denoiser, batch, outputs)
+
+    # How it moves
+
+    def update(self, objectives: Sequence[Objective], optimizer: torch.optim.Optimizer) -> Tensor:
+        self._observed = []
+        try:
+            total = super().update(objectives, optimizer)
+        finally:
+            observed, self._observed = self._observed, None
+        if observed and total.isfinite():
+            self._learn_from(observed)
+        return total
+
+    def _observation(
+        self, denoiser: Denoiser, batch: Batch, base: Answer, tuned: Answer, rs: Tensor, aa: Tensor
+    ) -> Observation:
+        mine = batch.of_subject
+        augmented = batch.augmented if isinstance(batch, ViewedBatch) else torch.zeros_like(mine)
+        return Observation(
+            bins_of(batch.timesteps, denoiser.timestep_count)[mine].cpu(),
+            base.loss[mine].cpu(),
+            tuned.loss[mine].cpu(),
+            float(augmented[mine].float().mean()),
+            float(rs.detach()),
+            float(aa.detach()),
+        )
+
+    def _learn_from(self, observed: list[Observation]) -> None:
+        for one in observed:
+            self.indicator.observe(one.bins, one.base, one.tuned)
+        gamma = self.indicator.gamma().tolist()
+        self._facts = {f"gamma_{b}": value for b, value in enumerate(gamma)} | {
+            name: sum(getattr(one, name) for one in observed) / len(observed)
+            for name in ("loss_rs", "loss_aa", "augmented")
+        }
+
+    def facts(self) -> dict[str, float]:
+        return super().facts() | self._facts
+
+
+class Views:
+    """Augmented views of the training pictures as latents; a view's number says all of it."""
+
+    def __init__(self, seed: int, pad: str):
+        self.seed = seed
+        self.pad = pad
+        self._places: dict[int, tuple[int, Tensor]] = {}  # place -> (number, latent)
+
+    def encoded(self, data: PersonalData, picture: int, number: int) -> Tensor:
+        """Zoom a picture out by 1 to 3, turn it by -15 to 15 degrees, encode it: (C, h, w)."""
+        zoom, turn = torch.rand(2, generator=generator(self.seed, 6, number)).tolist()
+        pixels = zoomed_out(
+            data.training[picture].pixels,
+            1 + (MOST_ZOOM - 1) * zoom,
+            MOST_DEGREES * (2 * turn - 1),
+            self.pad,
+        )
+        return data.encode(pixels[None])[0]
+
+    def kept(self, data: PersonalData, picture: int, place: int, number: int) -> Tensor:
+        """Do the same, keeping one view per place until another number is asked for there."""
+        if self._places.get(place, (None,))[0] != number:
+            self._places[place] = number, self.encoded(data, picture, number)
+        return self._places[place][1]
+
+
+def zoomed_out(pixels: Tensor, zoom: float, degrees: float, pad: str) -> Tensor:
+    """Shrink a picture about its centre and turn it, both (3, H, W) in [-1, 1].
+
+    zoom: 1 or more; the content takes 1 / zoom^2 of the area. pad: what surrounds it.
+    """
+    height, width = pixels.shape[1:]
+    size = [max(1, round(height / zoom)), max(1, round(width / zoom))]
+    # shrunk first, or pixels would be skipped; a grid's coordinates know no size
+    small = F.interpolate(pixels[None] + 1, size, mode="bilinear", antialias=True)
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = [[cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]]
+    grid = F.affine_grid(zoom * torch.tensor([turn]), [1, 3, height, width], align_corners=False)
+    view = F.grid_sample(small, grid, padding_mode=PADDINGS[pad], align_corners=False)
+    return view[0].clamp(0, 2) - 1
+
+
+def repeated(draws: Draws, pool: int) -> Draws:
+    """Return the draws of one of the run's first `pool` batches, in turn."""
+    again = Draws(draws.seed, draws.index % pool, 0, 1)
+    again.step = draws.step
+    return again
+
+
+def draws_of(data: PersonalData, draws: Draws, count: int) -> list[int]:
+    """Return which training pictures are drawn."""
+    places = {id(example): i for i, example in enumerate(data.training)}
+    return [places[id(example)] for example in draws.examples(data.training, count)]
+
+
+@contextmanager
+def recording(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collect the modules' outputs by name while inside; the hooks never outlive the block.
+
+    Only references are kept: under gradient checkpointing a hook may not compute anything that
+    the recomputation, which has no hooks, would not compute as well.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def token_moments(features: Tensor) -> Tensor:
+    """Return mean and deviation over the tokens of features (B, N, C): (B, 2, C) fp32."""
+    features = features.float()
+    deviation = (features.var(1, correction=0) + 1e-6).sqrt()  # its gradient is finite at 0
+    return torch.stack([features.mean(1), deviation], 1)
+
+
+def attention_map(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """Return softmax(Q K^T / sqrt(d)), averaged over heads: (B, N, L) fp32.
+
+    query: (B, N, heads * d); key: (B, L, heads * d).
+    """
+    q, k = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean(1)
+
+
+def moment_distance(tuned: Answer, base: Answer) -> Tensor:
+    """Return L_mu + L_sigma of each example, averaged over channels and layers: (B,)."""
+    layers = zip(tuned.moments, base.moments, strict=True)
+    return mean_over_layers([(a - b).square().mean(2).sum(1) for a, b in layers], tuned)
+
+
+def map_distance(tuned: Answer, base: Answer) -> Tensor:
+    """Return L_attn of each example, summed over tokens, averaged over queries and layers: (B,)."""
+    layers = zip(tuned.maps, base.maps, strict=True)
+    return mean_over_layers([(a - b).square().sum(2).mean(1) for a, b in layers], tuned)
+
+
+def mean_over_layers(distances: list[Tensor], of: Answer) -> Tensor:
+    """Average (B,) distances; without layers they are 0."""
+    return torch.stack(distances).mean(0) if distances else torch.zeros_like(of.loss)
+
+
+def stacked(answers: list[Answer]) -> Answer:
+    """Join answers to single examples."""
+    return Answer(
+        torch.cat([a.loss for a in answers]),
+        tuple(torch.cat(layer) for layer in zip(*(a.moments for a in answers), strict=True)),
+        tuple(torch.cat(layer) for layer in zip(*(a.maps for a in answers), strict=True)),
+    )
