@@ -4,8 +4,9 @@ All rows share steps, batch size, pictures and seeds. Learning rates are scaled 
 what was tried is said beside each, always on tuning subjects that are never reported.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 TUNING_SUBJECTS = (51, 52)
@@ -24,17 +25,53 @@ class Configuration:
 BASE, BASELINE = "base", "lora"
 LORA = {"learning_rate": 1e-3, "rank": 8}
 PARA = {"learning_rate": 3e-3}
+FULL = {"learning_rate": 5e-5}
+ATTENTION = {"learning_rate": 2e-4}
+ZO = LORA | {"zo_learning_rate": 5e-5}
 
 MAIN = {
     BASE: Configuration(""),
     BASELINE: Configuration("lora", LORA),
     "para": Configuration("para", PARA | {"rank": 4}),
-    "dreambooth": Configuration("dreambooth", {"learning_rate": 5e-5}),
-    "attention": Configuration("attention", {"learning_rate": 2e-4}),
+    "dreambooth": Configuration("dreambooth", FULL),
+    "attention": Configuration("attention", ATTENTION),
+    "a3ft": Configuration("a3ft", ATTENTION, against="attention"),
+    "apt": Configuration("apt", LORA),
+    "bnn": Configuration("bnn", LORA, against="bnn-0"),
+    "selective_zo": Configuration("selective_zo", ZO),
 }
 ABLATIONS = {
+    "apt-ata": Configuration("apt", LORA | {"stabilize": False, "align": False}),
+    "apt-ata-rs": Configuration("apt", LORA | {"align": False}, against="apt-ata"),
+    "bnn-0": Configuration("bnn", LORA | {"sigma": 0.0}),  # its wider A alone
+    "bnn-large-sigma": Configuration("bnn", LORA | {"sigma": 0.3}, against="bnn"),
+    "bnn-full": Configuration("bnn", FULL | {"over": "full"}, against="dreambooth"),
+    "oft": Configuration("bnn", {"learning_rate": 1e-3, "over": "oft", "sigma": 0.0}),
+    "bnn-oft": Configuration("bnn", {"learning_rate": 1e-3, "over": "oft"}, against="oft"),
     "para-2": Configuration("para", PARA | {"rank": 2}, against="para"),
     "para-8": Configuration("para", PARA | {"rank": 8}, against="para"),
-    "para-16": Configuration("para", PARA | {"rank": 16}, against="para"),
+    "lora-4": Configuration("lora", LORA | {"rank": 4}, against="para"),
+    "bp-low": Configuration("selective_zo", ZO | {"branches": "bp-low"}, against="selective_zo"),
+    "zo-high": Configuration("selective_zo", ZO | {"branches": "zo-high"}, against="selective_zo"),
+    "bp-high": Configuration("selective_zo", ZO | {"branches": "bp-high"}, against="selective_zo"),
 }
 CONFIGURATIONS = MAIN | ABLATIONS
+
+
+def configuration(name: str) -> Configuration:
+    """Return a row by its name, or one that differs: `lora@rank=2+learning_rate=1e-4`.
+
+    Raises KeyError for a name that is not there.
+    """
+    known, _, changes = name.partition("@")
+    found = CONFIGURATIONS[known]
+    if not changes:
+        return found
+    settings = dict(found.settings)
+    for change in changes.split("+"):
+        key, _, text = change.partition("=")
+        try:
+            settings[key] = json.loads(text)
+        except json.JSONDecodeError:
+            settings[key] = text
+    return replace(found, settings=settings, against=known)

@@ -9,10 +9,11 @@ mean with its 95 % interval (Student's t over subjects, each the mean of its see
 
     subject similarity   of "a zib totem …" with held-out pictures of the subject, mean cosine; its
                          prompts name backgrounds that it was not trained on
+    class leak           the same similarity of "a totem …", with and without named parts
     subject following    share of what these prompts name that their samples show
     other following      the same for prompts of other sprites
-    class drift          kernel distance (KID) from the base's samples of "a totem …", with and
-                         without named parts; the base itself against other noise is its floor
+    class drift          kernel distance (KID) from the base's samples of "a totem …"; the base
+                         itself against other noise is its floor
     other drift          the same for other sprites
     diversity            mean distance of two samples of one prompt of the subject (LPIPS-like)
     nearest training     mean correlation of a sample's silhouette with the most alike training one
@@ -51,7 +52,7 @@ from .cells import (
     Task,
     drawn,
 )
-from .configurations import ABLATIONS, BASE, BASELINE, CONFIGURATIONS, MAIN
+from .configurations import ABLATIONS, BASE, BASELINE, CONFIGURATIONS, MAIN, configuration
 from .gain import interval, machine
 from .metrics import (
     corruption_index,
@@ -83,6 +84,7 @@ def scores(cell: Cell, base: Cell, task: Task, step: int) -> Scores:
     shown = cell.pictures(step, everything)
     result = {
         "subject_similarity": subject_similarity(samples, held_out),
+        "class_leak": subject_similarity(cell.pictures(step, CLASS_PROMPTS), held_out),
         "subject_following": prompt_following(samples, repeated(prompts, count)),
         "other_following": prompt_following(others, repeated(OTHER_PROMPTS, count)),
         "class_drift": drift_from(base, cell, step, CLASS_PROMPTS),
@@ -186,6 +188,7 @@ def mean(values: Iterable[float]) -> float:
 
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "subject_similarity": ("subject similarity ↑", "{:.3f}".format),
+    "class_leak": ("class leak ↓", "{:.3f}".format),
     "subject_following": ("subject following ↑", "{:.3f}".format),
     "other_following": ("other following ↑", "{:.3f}".format),
     "class_drift": ("class drift ↓", "{:.3f}".format),
@@ -204,6 +207,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 DIFFERENCES = (
     "subject_similarity",
+    "class_leak",
     "subject_following",
     "other_following",
     "class_drift",
@@ -316,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     keys = list(product(numbers(options.seeds), numbers(options.subjects)))
     tasks = {
-        (name, subject, seed): Task(CONFIGURATIONS[name], subject, seed, plan)
+        (name, subject, seed): Task(configuration(name), subject, seed, plan)
         for seed, subject in keys
         for name in names
     }
@@ -388,7 +392,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
     """Return the names of the rows to compute; the baseline always."""
     default = [*MAIN, *(ABLATIONS if options.ablations else ())]
     names = options.methods.split(",") if options.methods else default
-    unknown = [name for name in names if name not in CONFIGURATIONS]
+    unknown = [name for name in names if name.partition("@")[0] not in CONFIGURATIONS]
     if unknown:
         raise SystemExit(f"--methods: no {', '.join(unknown)}; of: {', '.join(CONFIGURATIONS)}")
     return [name for name in dict.fromkeys([BASELINE, *names]) if name != BASE]
@@ -446,7 +450,7 @@ def report(tasks: Tasks, base: Task, cache: Path) -> dict[str, Any]:
             row = scores(cell, of_base, task, step)
             trajectories.setdefault(name, {}).setdefault(str(step), []).append(row)
     names = [name for name in table if name not in (BASE, BASELINE)]
-    variants = {n: CONFIGURATIONS[n].against for n in names}
+    variants = {n: configuration(n).against for n in names}
     return {
         "machine": machine(),
         "cells": f"{sum(map(len, table.values())) - len(table[BASE])} trainings; "

@@ -12,7 +12,7 @@ from scipy import stats
 
 from benchmarks import metrics, quality
 from benchmarks.cells import SIDE, Plan, Task, drawn
-from benchmarks.configurations import BASE, BASELINE, CONFIGURATIONS
+from benchmarks.configurations import BASE, BASELINE, CONFIGURATIONS, configuration
 from benchmarks.servers import Meter, peak_memory, processor_seconds, reset_peak_memory, share_out
 from headless import Progress
 
@@ -283,6 +283,22 @@ def test_the_json_holds_what_it_promises(tmp_path, capsys):
 def test_a_method_that_does_not_exist_is_named():
     with pytest.raises(SystemExit, match="nonesuch"):
         quality.main(["--methods", "nonesuch", "--only-kept"])
+
+
+def test_a_row_can_be_asked_for_with_other_settings():
+    found = configuration("lora@rank=2+layers=all+learning_rate=1e-4")
+    assert found.settings == {"rank": 2, "layers": "all", "learning_rate": 1e-4}
+    assert found.against == BASELINE
+    assert configuration("para") is CONFIGURATIONS["para"]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name != BASE])
+def test_the_settings_of_every_row_exist(name):
+    from personalize.trainers.methods import METHODS
+
+    found = CONFIGURATIONS[name]
+    METHODS[found.method].Settings(**found.settings)
+    assert found.against in CONFIGURATIONS
 
 
 def test_quick_is_small_unless_asked_otherwise():
