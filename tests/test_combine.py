@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from headless import Graph, fill_defaults
 from personalize.nodes import bridge, load
 from personalize.nodes.combine import Combine, combined
 from personalize.trainers.artifact import Header, Personalization
@@ -19,6 +20,7 @@ from personalize.trainers.edits import (
 )
 from personalize.trainers.errors import InputError
 from personalize.trainers.time_aware import SITE, TimeAware, block_of
+from tests import stock
 from tests.test_bridge import question
 from tests.test_load import sites_of, weights_when_loaded
 from tests.test_para import naive, rank
@@ -268,3 +270,29 @@ def test_what_is_more_than_weights_is_refused_by_name(base):
     inputs = {"personalized0": para(1, query=3), "personalized1": personalization("a3ft", adapter)}
     with pytest.raises(InputError, match=r"'personalized1' is \S+, which adds modules"):
         combined(base, inputs, "concat", 1.0)
+
+
+# On a server
+
+
+@pytest.mark.server
+def test_a_prompt_trains_two_subjects_and_a_lora_and_combines_them(server, comfy):
+    stock.write_checkpoints(server.base / "models" / "checkpoints")
+    stock.write_photographs(server.input_dir / "photographs")
+    graph = Graph()
+    base = stock.load_checkpoint(graph)
+    folder = graph.add("PersonalizeImageFolder", folder="photographs")
+    data = stock.dataset(graph, base, (folder, 0))
+    trained = [("LoRA", {}), ("PaRa", {"rank": 2}), ("PaRa", {"rank": 1, "seed": 1})]
+    nodes = [
+        stock.train(graph, method, (base, 0), (data, 0), **{"steps": 1, "name": "c"} | how)
+        for method, how in trained
+    ]
+    wires = {f"personalized.personalized{i}": (node, 1) for i, node in enumerate(nodes)}
+    node = graph.add("PersonalizeCombine", model=(base, 0), how="concat", strength=1.0, **wires)
+    stock.sample(graph, base, (node, 0))
+    result = comfy.run(fill_defaults(graph, comfy.object_info()), timeout=300)
+    (text,) = result.texts(node)
+    assert text.startswith("3 personalisations, strength 1:")
+    assert "by concat: personalized1, personalized2." in text
+    assert text.endswith("takes them away: personalized0.") and result.files()
