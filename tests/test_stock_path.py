@@ -19,7 +19,7 @@ from tests import stock
 from tests.stock import CHECKPOINT, INPAINTING
 
 pytestmark = pytest.mark.server
-METHODS = {"LoRA": {}, "PaRa": {"rank": 2}}
+METHODS = {"LoRA": {}, "PaRa": {"rank": 2}, "A3FT": {"gate": "half"}}
 FOLDER = "photographs"
 
 
