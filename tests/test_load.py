@@ -215,8 +215,13 @@ def test_a_para_run_becomes_an_exact_stock_lora_for_its_base(para, base):
         dict(as_lora.tensors), comfy.lora.model_lora_keys_unet(base.model, {})
     )
     stock = base.clone()
-    stock.add_patches(patches, 1.0)
-    assert distance(comfy_output(stock, *question()), trained) <= 1e-4
+    assert len(stock.add_patches(patches, 1.0)) == len(edits)
+    output = comfy_output(stock, *question())
+    assert distance(output, trained) <= 1e-4
+    weights, native = weights_when_loaded(stock), load.personalize(base, artifact, 1.0)[0]
+    for name, weight in weights_when_loaded(native).items():
+        assert (weights[name] - weight).abs().max() < 1e-5, name
+    assert distance(comfy_output(native, *question()), output) <= 1e-5
 
 
 # Nothing touched
