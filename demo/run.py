@@ -38,6 +38,7 @@ PROMPTS = (
 SETTINGS = {
     "lora": {"learning_rate": 1e-3, "rank": 8},
     "para": {"learning_rate": 3e-3, "rank": 4},
+    "apt": {"learning_rate": 1e-3, "rank": 8, "temperature": 50.0, "pad": "edge"},
 }
 
 
