@@ -18,7 +18,7 @@ from personalize.trainers.artifact import Personalization
 from personalize.trainers.edits import Difference, LowRank, Rotation, to_tensors
 from personalize.trainers.errors import InputError
 from personalize.trainers.free import Free
-from personalize.trainers.loop import adapt, train
+from personalize.trainers.loop import adapt
 from personalize.trainers.method import Draws, Objective, denoising_loss, generator
 from personalize.trainers.methods.bnn import (
     BNN,
@@ -80,6 +80,12 @@ def batch_of(method, denoiser, index: int = 0):
 @pytest.fixture(params=FORMS)
 def over(request):
     return request.param
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def ready(request):
+    """(method, a denoiser that it adapted), for tests that only look."""
+    return adapted(request.param)
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -205,15 +211,16 @@ def test_gradients_from_prior_to_posterior():
     assert torch.allclose(sigma.grad, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("sigma", [0.01, 0.013, 0.3])
-def test_the_divergence_is_exactly_zero_at_the_start(over, direction, sigma):
+@pytest.mark.parametrize("over, sigma", [("lora", 0.013), ("full", 0.01), ("oft", 0.3)])
+def test_the_divergence_is_exactly_zero_at_the_start(over, sigma):
     _, denoiser = adapted(over, sigma=sigma)
-    total = divergence(denoiser.unet, direction, "sum")
-    assert float(total.detach()) == 0.0
-    total.backward()
-    assert all(not p.noise.sigma.grad.any() for p in posteriors(denoiser.unet)) or sigma != 0.01
-    assert all(not p.mean.grad.any() for p in posteriors(denoiser.unet))
+    for direction in DIRECTIONS:
+        total = divergence(denoiser.unet, direction, "sum")
+        assert float(total.detach()) == 0.0
+        total.backward()
+    for posterior in posteriors(denoiser.unet):
+        assert not posterior.mean.grad.any()
+        assert posterior.noise.sigma.grad.abs().max() < 1e-4 / sigma  # of two terms of 1 / sigma
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -325,7 +332,7 @@ def test_down_starts_one_over_rank_wide_and_noise_reaches_the_weights_as_the_pap
         layers = [m for m in denoiser.unet.modules() if isinstance(m, LoraLayer)]
         down = torch.cat([layer.lora_A["default"].weight.flatten() for layer in layers])
         if init == "gaussian":
-            assert float(down.std()) == pytest.approx(1 / rank, rel=0.02)
+            assert float(down.detach().std()) == pytest.approx(1 / rank, rel=0.02)
         with torch.no_grad(), drawn(denoiser.unet, 3):
             deltas = [
                 (
@@ -452,16 +459,16 @@ def predictions(denoiser, seeds) -> list[torch.Tensor]:
     return found
 
 
-def test_training_passes_differ_and_evaluation_does_not(over):
-    _, denoiser = adapted(over)
+def test_training_passes_differ_and_evaluation_does_not(ready):
+    _, denoiser = ready
     one, two, again = predictions(denoiser, (1, 2, 1))
     assert distance(one, two) > 1e-3 and torch.equal(one, again)
     plain = predictions(denoiser, (None, None))
     assert torch.equal(*plain) and distance(one, plain[0]) > 1e-3
 
 
-def test_the_loss_is_of_drawn_weights_and_evaluation_of_the_means(over):
-    method, denoiser = adapted(over)
+def test_the_loss_is_of_drawn_weights_and_evaluation_of_the_means(ready):
+    method, denoiser = ready
     first, second = (batch_of(method, denoiser, index) for index in (0, 1))
     with torch.no_grad():
         mean = (first.weight * denoising_loss(denoiser, first)).sum()
@@ -481,7 +488,7 @@ def test_every_layer_has_noise_of_its_own_and_every_step_too():
     assert len({d.numpy().tobytes() for d in draws}) == len(draws)
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("over, fails", [("lora", False), ("lora", True), ("oft", False)])
 def test_update_leaves_the_means_however_it_ends(over, fails):
     method, denoiser = adapted(over)
     before = predictions(denoiser, [None])[0]
@@ -499,25 +506,17 @@ def test_update_leaves_the_means_however_it_ends(over, fails):
         assert torch.equal(denoiser(*question()), before)
 
 
-def test_between_steps_the_network_is_its_means(over):
-    denoiser = tiny_denoiser()
-    for step in train(bnn(over), denoiser, tiny_data()):
-        plain = tiny_denoiser()
-        edited(plain.unet, step.learned())
-        with torch.no_grad():
-            assert distance(plain(*question()), denoiser(*question())) <= 1e-4
-
-
-def test_a_loss_that_waits_for_its_backward_pass_does_not_reach_a_checkpoint(over):
-    method, denoiser = adapted(over)
+def test_a_loss_that_waits_for_its_backward_pass_does_not_reach_a_checkpoint(ready):
+    method, denoiser = ready
     before = to_tensors(method.learned(denoiser.unet))
     loss = method.loss(denoiser, batch_of(method, denoiser))
     assert same(to_tensors(method.learned(denoiser.unet)), before)
-    loss.backward()
+    assert loss.requires_grad
+    draw(denoiser.unet, None)
 
 
-def test_the_prior_is_the_base_while_weights_are_drawn(over):
-    _, denoiser = adapted(over)
+def test_the_prior_is_the_base_while_weights_are_drawn(ready):
+    _, denoiser = ready
     with torch.no_grad():
         base = tiny_denoiser()(*question())
         with drawn(denoiser.unet, 4), denoiser.prior():
@@ -616,22 +615,21 @@ def test_what_is_trained_is_what_is_loaded(artifact, tmp_path):
     assert torch.equal(without, plain)
 
 
-def test_it_is_so_on_other_bases(artifact):
-    over = artifact[0].header.settings["over"]
-    bases = [
-        {
-            "config": geometry((64, 64), use_linear_in_transformer=True),
-            "family": "SD20",
-            "prediction": "V_PREDICTION",
-        },
-        {"config": geometry((32, 64, 64), (1, 1, 0)), "dtype": torch.float16},
-    ]
-    for base in bases:
-        model = comfy_model(**base)
-        settings = {"over": over, "learning_rate": RATES[over], "block_size": 8}
-        learned, trained = train_on(model, BNN, **settings)
-        loaded = comfy_output(load.personalize(model, learned, 1.0)[0], *comfy_question())
-        assert distance(loaded, trained) <= (2e-3 if "dtype" in base else 1e-4)
+SD2 = {
+    "config": geometry((64, 64), use_linear_in_transformer=True),
+    "family": "SD20",
+    "prediction": "V_PREDICTION",
+}
+HALF = {"config": geometry((32, 64, 64), (1, 1, 0)), "dtype": torch.float16}
+
+
+@pytest.mark.parametrize("over, base", [("oft", SD2), ("oft", HALF), ("full", HALF)])
+def test_it_is_so_on_other_bases(over, base):
+    model = comfy_model(**base)
+    settings = {"over": over, "learning_rate": RATES[over], "block_size": 8}
+    learned, trained = train_on(model, BNN, **settings)
+    loaded = comfy_output(load.personalize(model, learned, 1.0)[0], *comfy_question())
+    assert distance(loaded, trained) <= (2e-3 if "dtype" in base else 1e-4)
 
 
 @pytest.mark.parametrize("strength", [0.5, -1.0, 2.0])

@@ -112,8 +112,8 @@ class BNNSettings(LoRASettings):
     )
     kl_reduction: str = knob(
         "sum",
-        "sum: over all random weights; mean: per weight, so that lambda does not depend on how many "
-        "there are.",
+        "sum: over all random weights; mean: per weight, so that lambda does not depend on how "
+        "many there are.",
         choices=("sum", "mean"),
         advanced=True,
     )
@@ -206,7 +206,7 @@ class BNN(LoRA):
         s, found = self.settings, list(posteriors(unet))
         if not found:
             return {}
-        total = sum(float(p.noise.spread().sum(dtype=torch.float64)) for p in found)
+        total = sum(float(p.noise.spread().sum()) for p in found)
         kl = float(divergence(unet, s.kl_direction, s.kl_reduction))
         return {"kl": kl, "sigma": total / sum(p.mean.numel() for p in found)}
 
