@@ -54,7 +54,7 @@ class Plan:
     """What all cells of a table share."""
 
     steps: int = 200
-    batch_size: int = 4
+    batch_size: int = 2
     pictures: int = 5  # to train on
     held_out: int = 4  # kept out of training; on other backgrounds than those
     samples: int = 4  # of every prompt

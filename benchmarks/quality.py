@@ -10,7 +10,7 @@ mean with its 95 % interval (Student's t over subjects, each the mean of its see
     subject similarity   of "a zib totem …" with held-out pictures of the subject, mean cosine; its
                          prompts name backgrounds that it was not trained on
     class leak           the same similarity of "a totem …", with and without named parts
-    subject following    share of what these prompts name that their samples show
+    subject following    share of what the subject's prompts name that their samples show
     other following      the same for prompts of other sprites
     class drift          kernel distance (KID) from the base's samples of "a totem …"; the base
                          itself against other noise is its floor
