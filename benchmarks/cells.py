@@ -59,7 +59,7 @@ class Plan:
     held_out: int = 4  # kept out of training; on other backgrounds than those
     samples: int = 4  # of every prompt
     sampler_steps: int = 12  # of DPM++ 2M, half the work of 25 Euler steps
-    trajectory: tuple[int, ...] = ()  # steps to sample at before the last, multiples of the first
+    trajectory: tuple[int, ...] = ()  # multiples of the first: the subject is sampled then too
 
     def subject_prompts(self, subject: int) -> list[str]:
         """Ask for the subject on backgrounds that it was not trained on."""
@@ -93,9 +93,10 @@ class Task:
             rows = [Row(0, NOISE, text) for text in (*named, *CLASS_PROMPTS, *OTHER_PROMPTS)]
             others = ((n, text) for n in REFERENCE_NOISES for text in CLASS_PROMPTS + OTHER_PROMPTS)
             return rows + [Row(0, noise, text) for noise, text in others]
-        prompts = [*self.plan.subject_prompts(self.subject), *CLASS_PROMPTS, *OTHER_PROMPTS]
-        steps = (*self.plan.trajectory, self.plan.steps)
-        return [Row(step, NOISE, text) for step in steps for text in prompts]
+        named = self.plan.subject_prompts(self.subject)
+        on_the_way = [Row(step, NOISE, text) for step in self.plan.trajectory for text in named]
+        everything = (*named, *CLASS_PROMPTS, *OTHER_PROMPTS)
+        return on_the_way + [Row(self.plan.steps, NOISE, text) for text in everything]
 
     @cached_property
     def key(self) -> str:

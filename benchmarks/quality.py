@@ -20,8 +20,9 @@ mean with its 95 % interval (Student's t over subjects, each the mean of its see
     nearest held-out     the same with as many held-out pictures: the difference is copying
     loss gap             stable loss on held-out pictures - on training ones, over the base's
                          held-out loss, less the same of the base
-    corruption           log2 of the samples' high-frequency energy over the base's
-    noise                standard deviation of the grain in the samples, in 1/255
+    corruption           log2 of the high-frequency energy of the subject's samples over that of
+                         the base's samples from the same noise
+    noise                standard deviation of the grain in the subject's samples, in 1/255
 """
 
 import argparse
@@ -73,32 +74,46 @@ Scores = dict[str, float]
 Table = dict[str, dict[tuple[int, int], Scores]]  # method -> (subject, seed) -> scores
 
 
-def scores(cell: Cell, base: Cell, task: Task, step: int) -> Scores:
-    """Judge what a cell's network draws after `step` steps; step 0 is the base."""
-    prompts, count = task.plan.subject_prompts(task.subject), task.plan.samples
+def scores(cell: Cell, base: Cell, task: Task) -> Scores:
+    """Judge what a trained network draws; with the base's own cell, what the base draws."""
+    step = 0 if cell is base else task.plan.steps
+    others = cell.pictures(step, OTHER_PROMPTS)
+    following = prompt_following(others, repeated(OTHER_PROMPTS, task.plan.samples))
+    named = subject_scores(cell, base, task, step)
+    of_class = cell.pictures(step, CLASS_PROMPTS)
+    drifts = [drift_from(base, cell, step, texts) for texts in (CLASS_PROMPTS, OTHER_PROMPTS)]
+    return {
+        **named,
+        "prompt_following": (named["subject_following"] + following) / 2,
+        "other_following": following,
+        "class_leak": subject_similarity(of_class, drawn(task.subject, REFERENCES, "held-out")),
+        "prior_drift": sum(drifts) / 2,
+        "class_drift": drifts[0],
+        "other_drift": drifts[1],
+        **loss_scores(cell.facts),
+        **costs(cell.facts),
+    }
+
+
+def subject_scores(cell: Cell, base: Cell, task: Task, step: int) -> Scores:
+    """Judge the pictures of the subject after `step` steps."""
+    prompts = task.plan.subject_prompts(task.subject)
+    said = repeated(prompts, task.plan.samples)
     training = drawn(task.subject, task.plan.pictures)
     held_out = drawn(task.subject, REFERENCES, "held-out")
     samples = cell.pictures(step, prompts)
-    others = cell.pictures(step, OTHER_PROMPTS)
-    everything = (*prompts, *CLASS_PROMPTS, *OTHER_PROMPTS)
-    shown = cell.pictures(step, everything)
-    result = {
+    nearest = nearest_silhouette(samples, training)
+    nearest_held_out = nearest_silhouette(samples, held_out[: len(training)])
+    return {
         "subject_similarity": subject_similarity(samples, held_out),
-        "class_leak": subject_similarity(cell.pictures(step, CLASS_PROMPTS), held_out),
-        "subject_following": prompt_following(samples, repeated(prompts, count)),
-        "other_following": prompt_following(others, repeated(OTHER_PROMPTS, count)),
-        "class_drift": drift_from(base, cell, step, CLASS_PROMPTS),
-        "other_drift": drift_from(base, cell, step, OTHER_PROMPTS),
-        "diversity": diversity(samples, repeated(prompts, count)),
-        "nearest_training": nearest_silhouette(samples, training),
-        "nearest_held_out": nearest_silhouette(samples, held_out[: len(training)]),
-        "corruption": corruption_index(shown, base.pictures(0, everything)),
-        "noise": float(noise_level(shown).mean()),
+        "subject_following": prompt_following(samples, said),
+        "diversity": diversity(samples, said),
+        "nearest_training": nearest,
+        "nearest_held_out": nearest_held_out,
+        "copying": nearest - nearest_held_out,
+        "corruption": corruption_index(samples, base.pictures(0, prompts)),
+        "noise": float(noise_level(samples).mean()),
     }
-    result["prompt_following"] = (result["subject_following"] + result["other_following"]) / 2
-    result["prior_drift"] = (result["class_drift"] + result["other_drift"]) / 2
-    result["copying"] = result["nearest_training"] - result["nearest_held_out"]
-    return result | loss_scores(cell.facts) | costs(cell.facts)
 
 
 def repeated(prompts: Iterable[str], count: int) -> list[str]:
@@ -205,6 +220,15 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "steps_per_second": ("steps/s", "{:.2f}".format),
     "peak_memory": ("peak memory, MB", lambda value: f"{value / 1e6:.0f}"),
 }
+TRAJECTORY = (
+    "subject_similarity",
+    "subject_following",
+    "diversity",
+    "nearest_training",
+    "nearest_held_out",
+    "corruption",
+    "noise",
+)
 DIFFERENCES = (
     "subject_similarity",
     "class_leak",
@@ -243,17 +267,12 @@ def markdown(result: Mapping[str, Any]) -> str:
             lines += ["", f"{title}:", "", *markdown_table(heads, rows)]
     for name, steps in result.get("trajectory", {}).items():
         rows = [
-            [step, *(shown(row.get(key), how) for key, (_, how) in TRAJECTORY.items())]
+            [step, *(shown(row[key], COLUMNS[key][1]) for key in TRAJECTORY)]
             for step, row in steps.items()
         ]
-        heads = ["step", *(title for title, _ in TRAJECTORY.values())]
+        heads = ["step", *(COLUMNS[key][0] for key in TRAJECTORY)]
         lines += ["", f"{name}, over its steps:", "", *markdown_table(heads, rows)]
     return "\n".join(lines) + "\n"
-
-
-TRAJECTORY = {
-    key: value for key, value in COLUMNS.items() if key not in COSTS and "loss" not in key
-}
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -444,10 +463,10 @@ def report(tasks: Tasks, base: Task, cache: Path) -> dict[str, Any]:
         cell = task.load(cache)
         if cell is None:
             continue
-        table[BASE][subject, seed] = scores(of_base, of_base, task, 0)
-        table.setdefault(name, {})[subject, seed] = scores(cell, of_base, task, task.plan.steps)
-        for step in task.plan.trajectory:
-            row = scores(cell, of_base, task, step)
+        table[BASE][subject, seed] = scores(of_base, of_base, task)
+        table.setdefault(name, {})[subject, seed] = scores(cell, of_base, task)
+        for step in (*task.plan.trajectory, *([task.plan.steps] if task.plan.trajectory else [])):
+            row = subject_scores(cell, of_base, task, step)
             trajectories.setdefault(name, {}).setdefault(str(step), []).append(row)
     names = [name for name in table if name not in (BASE, BASELINE)]
     variants = {n: configuration(n).against for n in names}
@@ -464,7 +483,7 @@ def report(tasks: Tasks, base: Task, cache: Path) -> dict[str, Any]:
         },
         "trajectory": {
             name: {
-                step: {key: mean(row[key] for row in rows) for key in rows[0] if key not in COSTS}
+                step: {key: mean(row[key] for row in rows) for key in rows[0]}
                 for step, rows in steps.items()
             }
             for name, steps in trajectories.items()
