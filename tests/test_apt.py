@@ -749,3 +749,24 @@ def test_a_base_without_attention_in_its_decoder_is_refused():
     with pytest.raises(InputError, match="'features' is 'decoder'"):
         adapt(apt(), unet)
     adapt(apt(features="all"), unet)
+
+
+# What it composes with
+
+
+@pytest.mark.parametrize("over", ["lora", "full", "oft"])
+def test_it_works_over_bayesian_weights_of_every_form(over):
+    """APT and BNN in one: the frozen base is asked without noise, the tuned network with it."""
+    settings = {"steps": 4, "over": over, "kl_weight": 1e-6, "init": "gaussian"}
+    noisy = run(apt(sigma=0.01, **settings), tiny_denoiser())
+    plain = run(apt(**settings | {"kl_weight": 0.0}), tiny_denoiser())
+    assert not same(to_tensors(noisy[-1].learned()), to_tensors(plain[-1].learned()))
+    assert {"kl", "sigma", "gamma_0", "loss_rs", "loss_aa"} <= noisy[-1].facts.keys()
+    assert "kl" not in plain[-1].facts
+    method, denoiser = apt(sigma=0.01, **settings), tiny_denoiser()
+    adapt(method, denoiser.unet)
+    batch = batch_of(method)
+    with torch.no_grad(), denoiser.prior():
+        quiet = denoising_loss(tiny_denoiser(), batch)
+    answer = method._base_answer(denoiser, batch)
+    assert torch.equal(answer.loss, quiet)

@@ -14,6 +14,12 @@ def knob(default: Any, help: str, *, advanced: bool = False, **limits: Any) -> A
     return field(default=default, metadata={"help": help, "advanced": advanced, **limits})
 
 
+def redeclared(settings: type, name: str, **changes: Any) -> Any:
+    """Declare a field again as `settings` has it, but for `changes`: default, help, limits."""
+    (spec,) = [spec for spec in dataclasses.fields(settings) if spec.name == name]
+    return knob(**{"default": spec.default, **spec.metadata, **changes})
+
+
 @dataclass(frozen=True)
 class Settings:
     """What every method needs to know about a run. Field names are the node's input names."""

@@ -31,9 +31,10 @@ from ..data import Batch, PersonalData
 from ..denoiser import Denoiser
 from ..errors import InputError
 from ..method import Draws, Objective, denoising_loss, generator
-from ..settings import knob
+from ..settings import knob, redeclared
 from ..sites import attentions
-from .lora import LoRA, LoRASettings
+from .bnn import BNN, BNNSettings
+from .lora import LoRASettings
 
 BINS = 10  # of timesteps
 EMA_RATE = 0.1
@@ -45,9 +46,28 @@ PADDINGS = {"black": "zeros", "reflect": "reflection", "edge": "border"}  # ours
 
 
 @dataclass(frozen=True)
-class APTSettings(LoRASettings):
-    """Settings of APT."""
+class APTSettings(BNNSettings):
+    """Settings of APT, over anything that BNN works over; with `sigma` above 0, both at once."""
 
+    learning_rate: float = knob(
+        1e-4,
+        "How far each step moves. Right for over = lora and oft; full weights need 5e-6.",
+        min=0.0,
+        max=1.0,
+        step=1e-7,
+    )
+    weight_decay: float = redeclared(LoRASettings, "weight_decay")
+    sigma: float = knob(
+        0.0,
+        "Above 0: the weights are Bayesian, as in Train BNN (0.01 there; over a LoRA with "
+        "init = gaussian).",
+        min=0.0,
+        max=10.0,
+        step=1e-3,
+        advanced=True,
+    )
+    kl_weight: float = redeclared(BNNSettings, "kl_weight", advanced=True)
+    init: str = redeclared(LoRASettings, "init")
     adaptive: bool = knob(
         True, "Adaptive Training Adjustment: weigh and augment by how over-fitted a timestep is."
     )
@@ -182,7 +202,7 @@ class Observation:
     loss_aa: float
 
 
-class APT(LoRA):
+class APT(BNN):
     name = "apt"
     title = "APT"
     Settings = APTSettings
