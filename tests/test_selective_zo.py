@@ -355,6 +355,19 @@ def naive_losses(at: Bench, objectives: list[Objective], z: Tensor, lengths) -> 
     return found
 
 
+@pytest.mark.parametrize("dtype, epsilon", [(torch.float32, 0.01), (torch.bfloat16, 0.1)])
+def test_how_far_it_looks_by_itself_depends_on_the_bases_numbers(dtype, epsilon):
+    reached = []
+    for chosen in (0.0, epsilon, 0.03):
+        at = bench(zo_epsilon=chosen)
+        at.denoiser.unet.to(dtype)
+        for parameter in at.parameters:
+            parameter.data = parameter.data.float()
+        at.chosen.update(at.objectives(), at.optimizer)
+        reached.append(flat(at.parameters))
+    assert torch.equal(reached[0], reached[1]) and not torch.equal(reached[0], reached[2])
+
+
 @pytest.mark.parametrize("restore", ["copy", "in place"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_goes_along_z_by_rate_times_slope(restore, parts):

@@ -31,6 +31,11 @@ class Denoiser(nn.Module):
         return self.unet.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen base computes in."""
+        return self.unet.conv_in.weight.dtype
+
+    @property
     def timestep_count(self) -> int:
         """T, the number of training timesteps."""
         return len(self.schedule.alphas_cumprod)
@@ -45,8 +50,8 @@ class Denoiser(nn.Module):
 
         noisy: (B, C, h, w); timesteps: (B,) int in [0, T); context: (B, L, D) text states.
         """
-        dtype = self.unet.conv_in.weight.dtype
-        return self.unet(noisy.to(dtype), timesteps, context.to(dtype)).sample.float()
+        predicted = self.unet(noisy.to(self.dtype), timesteps, context.to(self.dtype))
+        return predicted.sample.float()
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise, (B, C, h, w)."""

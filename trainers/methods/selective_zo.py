@@ -41,6 +41,11 @@ BRANCHES = {
 }
 
 
+# by bytes per number of the base: in bf16, slopes over 0.01 hardly agree with those of fp32
+# (correlation .14 on a small network; .99 over 0.1)
+EPSILON = {4: 1e-2, 2: 1e-1}
+
+
 @dataclass(frozen=True)
 class SelectiveZOSettings(LoRASettings):
     """Settings of Selective BP/ZO."""
@@ -72,9 +77,10 @@ class SelectiveZOSettings(LoRASettings):
         step=1e-6,
     )
     zo_epsilon: float = knob(
-        1e-2,
-        "How far ZO-high looks to either side. Smaller: a truer slope, drowned by rounding sooner.",
-        min=1e-6,
+        0.0,
+        "How far ZO-high looks to either side. Smaller: a truer slope, drowned by rounding sooner. "
+        "0: 0.01 as in MeZO, but 0.1 over a half-precision base.",
+        min=0.0,
         max=1.0,
         step=1e-3,
         advanced=True,
@@ -214,7 +220,8 @@ class SelectiveZO(LoRA):
             return torch.stack([objective() for objective in objectives]).mean()
 
         estimate = spsa if s.zo_estimator == "spsa" else one_sided
-        mean, slopes = estimate(loss, point, directions, s.zo_epsilon)
+        epsilon = s.zo_epsilon or EPSILON[objectives[0].denoiser.dtype.itemsize]
+        mean, slopes = estimate(loss, point, directions, epsilon)
         if not (mean + slopes.sum()).isfinite():
             return mean * torch.nan, slopes
         # a schedule sets the rate of BP-low; ZO-high's goes along in proportion
