@@ -12,8 +12,8 @@ mean with its 95 % interval (Student's t over subjects, each the mean of its see
     class leak           the same similarity of "a totem …", with and without named parts
     subject following    share of what the subject's prompts name that their samples show
     other following      the same for prompts of other sprites
-    class drift          kernel distance (KID) from the base's samples of "a totem …"; the base
-                         itself against other noise is its floor
+    class drift          energy distance from the base's samples of "a totem …"; that of the base
+                         itself, from other noise, is its floor
     other drift          the same for other sprites
     diversity            mean distance of two samples of one prompt of the subject (LPIPS-like)
     nearest training     mean correlation of a sample's silhouette with the most alike training one
@@ -22,6 +22,7 @@ mean with its 95 % interval (Student's t over subjects, each the mean of its see
                          held-out loss, less the same of the base
     corruption           log2 of the high-frequency energy of the subject's samples over that of
                          the base's samples from the same noise
+    corruption, one step the same of latents predicted in one step, on held-out pictures
     noise                standard deviation of the grain in the subject's samples, in 1/255
 """
 
@@ -214,6 +215,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss_gap": ("loss gap ↓", "{:+.3f}".format),
     "held_out_loss": ("held-out loss / base's ↓", "{:.3f}".format),
     "corruption": ("corruption", "{:+.2f}".format),
+    "latent_corruption": ("corruption, one step", "{:+.3f}".format),
     "noise": ("noise", "{:.2f}".format),
     "parameters": ("learned numbers", "{:,.0f}".format),
     "file_size": ("file, MB", lambda value: f"{value / 1e6:.2f}"),
@@ -240,7 +242,7 @@ DIFFERENCES = (
     "copying",
     "loss_gap",
     "corruption",
-    "noise",
+    "latent_corruption",
 )
 
 
