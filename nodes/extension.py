@@ -8,11 +8,15 @@ from .data import Dataset
 from .demo import DemoBase, DemoSubject
 from .folder import Folder
 from .load import Apply, Load
+from .routes import register
 from .train import train_node
 
 
 class PersonalizeExtension(ComfyExtension):
     """Everything this pack adds to ComfyUI."""
+
+    async def on_load(self) -> None:
+        register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         training = [train_node(method) for method in METHODS.values()]

@@ -18,14 +18,15 @@ ARGUMENTS = [
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 ]
 READY = "window.app && window.app.vueAppReady && window.app.extensionManager && window.app.graph"
-# Said by ComfyUI's own page: without network, while it starts, and for want of its own templates
-# (480 MB, not installed).
+# Said by ComfyUI's own page: without network, while it starts, for want of its own templates
+# (480 MB, not installed), and when it asks for the models of its default workflow.
 EXPECTED = (
     "net::ERR_",
     "Failed to load resource",
     "before initialization",
     "core workflow templates",
     "fuse options",
+    "huggingface.co/Comfy-Org/",
 )
 
 

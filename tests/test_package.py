@@ -1,6 +1,7 @@
 """What the registry and ComfyUI's users rely on: metadata, layers, safety, help."""
 
 import ast
+import hashlib
 import os
 import re
 import subprocess
@@ -127,9 +128,23 @@ def test_the_safety_check_notices(source):
 
 
 def test_pages_run_no_strings_and_load_nothing_from_elsewhere():
-    texts = {relative(path): path.read_text() for path in runtime_files(".js")}
+    scripts = runtime_files(".js")
+    texts = {relative(path): without_comments(path.read_text()) for path in scripts}
     found = {path: re.findall(FORBIDDEN_IN_PAGES, text) for path, text in texts.items()}
     assert not any(found.values()), found
+
+
+def without_comments(script: str) -> str:
+    return re.sub(r"/\*[\s\S]*?\*/|(^|\s)//.*", r"\1", script)
+
+
+def test_what_is_not_ours_is_unchanged_and_says_where_it_is_from():
+    """web/js/vendor/README.md names the version and the SHA-256 of every file."""
+    vendor = ROOT / "web" / "js" / "vendor"
+    told = (vendor / "README.md").read_text()
+    for path in (path for path in vendor.iterdir() if path.suffix in (".js", ".css")):
+        assert f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" in told
+    assert "MIT" in told and (vendor / "uPlot.LICENSE").is_file()
 
 
 # Layers

@@ -1,0 +1,162 @@
+"""What the page reads of runs, and the two wishes it may have.
+
+Run names come from outside: each is checked, and nothing outside its folder is read. Requests
+from other sites are refused by ComfyUI's own middleware.
+"""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from server import PromptServer
+
+from ..trainers.errors import InputError
+from ..trainers.methods import METHODS
+from ..trainers.run import Run, inside
+from . import control
+from .load import runs_root
+
+AT_ONCE = 1 << 20  # bytes of history in one answer
+SAMPLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.png")
+HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+
+routes = web.RouteTableDef()
+
+
+@routes.get("/personalize/runs")
+async def list_latest(_: web.Request) -> web.Response:
+    """Each node's newest run since the server started, and whether it goes on."""
+    shown = [asdict(s) | {"running": _goes_on(s.run)} for s in control.latest()]
+    return web.json_response({"runs": shown}, headers=HEADERS)
+
+
+@routes.get("/personalize/runs/{run}/history")
+async def read_history(request: web.Request) -> web.Response:
+    """Whole lines of history.jsonl from byte `from` on, `next` to go on at, and the run's facts.
+
+    Another `created` than before: the folder was deleted and made anew.
+    """
+    run = _run(request)
+    start = _number(request.query.get("from", "0"))
+    # asked before reading: what ends in between is seen as ended only with its last line
+    running = _goes_on(run.name)
+    lines, end = _read_lines(run.folder / "history.jsonl", start)
+    answer = {"lines": lines, "next": end, "running": running, **_facts(run)}
+    return web.json_response(answer, headers=HEADERS)
+
+
+@routes.get("/personalize/runs/{run}/samples/{file}")
+async def read_sample(request: web.Request) -> web.FileResponse:
+    """Send a sample picture."""
+    folder = _run(request).folder / "samples"
+    name = request.match_info["file"]
+    path = folder / name
+    if not SAMPLE.fullmatch(name) or not inside(folder, path) or not path.is_file():
+        raise _problem(web.HTTPNotFound, "There is no such sample.")
+    return web.FileResponse(path, headers={**HEADERS, "Content-Type": "image/png"})
+
+
+@routes.post("/personalize/runs/{run}/stop")
+async def stop(request: web.Request) -> web.Response:
+    """Let a training end after the step it is at; the graph goes on."""
+    _control(request).stop()
+    return web.json_response({"stopping": True})
+
+
+@routes.post("/personalize/runs/{run}/pin")
+async def pin(request: web.Request) -> web.Response:
+    """Keep the checkpoint of {"step": n}, or with {} the next step's."""
+    training = _control(request)
+    step = await _step(request)
+    run = _run(request)
+    if step is not None and f"step {step}" not in run.checkpoints():
+        raise _problem(web.HTTPConflict, f"The checkpoint of step {step} is not kept any more.")
+    training.pin(step)
+    return web.json_response({"step": step})
+
+
+def register() -> None:
+    """Add the routes to ComfyUI's server, before it starts to listen."""
+    for route in routes:
+        assert isinstance(route, web.RouteDef)
+        PromptServer.instance.routes.route(route.method, route.path)(route.handler)
+
+
+def _run(request: web.Request) -> Run:
+    try:
+        return Run.open(runs_root(), request.match_info["run"])
+    except InputError:
+        raise _problem(web.HTTPNotFound, "There is no such run.") from None
+
+
+def _control(request: web.Request) -> control.Control:
+    training = control.of_run(_run(request).name)
+    if training is None:
+        raise _problem(web.HTTPConflict, "This run is not being trained now.")
+    return training
+
+
+def _goes_on(run: str) -> bool:
+    return control.of_run(run) is not None
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """Return what the page says of a run besides its history."""
+    header = _read_json(run.folder / "run.json")
+    header = header if isinstance(header, dict) else {}
+    settings = header.get("settings") or {}
+    method = METHODS.get(str(header.get("method")))
+    return {
+        "title": method.title if method else "",
+        "total_steps": settings.get("steps"),
+        "created": str((run.folder / "run.json").stat().st_mtime_ns) if header else "",
+        "pinned": _read_json(run.folder / "pinned.json") or [],
+    }
+
+
+def _read_lines(path: Path, start: int) -> tuple[list[dict], int]:
+    """Return the whole lines from byte `start` on, and the byte behind them."""
+    if not path.is_file():
+        return [], start
+    with open(path, "rb") as file:
+        file.seek(start)
+        data = file.read(AT_ONCE)
+    data = data[: data.rfind(b"\n") + 1]  # the last line may be half written
+    lines = [_parse(line) for line in data.splitlines()]
+    return [line for line in lines if isinstance(line, dict)], start + len(data)
+
+
+def _read_json(path: Path) -> Any:
+    return _parse(path.read_bytes()) if path.is_file() else None
+
+
+def _parse(text: bytes) -> Any:
+    """Read JSON; NaN and infinities, which pages can not read, and broken text become None."""
+    try:
+        return json.loads(text, parse_constant=lambda _: None)
+    except ValueError:
+        return None
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,15}", text):
+        raise _problem(web.HTTPBadRequest, "'from' is not a byte offset.")
+    return int(text)
+
+
+async def _step(request: web.Request) -> int | None:
+    """Return the step that the request's body names, None for the next."""
+    wish = _parse(await request.read() or b"{}")
+    step = wish.get("step") if isinstance(wish, dict) else -1
+    if step is None or (type(step) is int and step >= 0):
+        return step
+    raise _problem(web.HTTPBadRequest, 'Give {"step": n}, or {} for the next step.')
+
+
+def _problem(kind: type[web.HTTPException], text: str) -> web.HTTPException:
+    """Make an answer that says what is wrong, and nothing about the disk."""
+    body = json.dumps({"error": text})
+    return kind(text=body, content_type="application/json", headers=HEADERS)

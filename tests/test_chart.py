@@ -1,0 +1,504 @@
+"""The monitor inside the training node: ComfyUI's page in Chromium, over runs on disk."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from headless import ComfyServer
+from tests.browser import ComfyPage, open_page
+
+STEPS, EVERY = 400, 20
+WAIT = 60_000  # ms: on a busy machine the page is slow
+HOSTILE = '<img src=x onerror="window.pwned = 1">'
+
+
+@pytest.fixture(scope="module")
+def runs(server: ComfyServer) -> Path:
+    """The runs folder."""
+    root = server.output_dir / "personalized"
+    write_run(root, "ended", end="stopped early")
+    write_run(root, "plain", monitored=False, last=300, end="finished")
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(browser, server: ComfyServer) -> Iterator[ComfyPage]:
+    """One page for the module; `fresh` empties it."""
+    with open_page(browser, server.url) as page:
+        yield page
+
+
+@pytest.fixture
+def fresh(page: ComfyPage) -> Iterator[ComfyPage]:
+    """The page with an empty graph; no test may cause an error or an external request."""
+    page.run("() => app.graph.clear()")
+    page.errors.clear()
+    page.external.clear()
+    yield page
+    page.page.keyboard.press("Escape")
+    assert not page.errors
+    assert not page.external
+    assert page.run("() => window.pwned") is None
+
+
+# What the tests do in the page
+
+
+def add(page: ComfyPage, run: str | None = None, type: str = "LoRA", at: int = 0) -> str:
+    """Add a training node that shows a run; return its id."""
+    return page.run(
+        """([type, run, x]) => {
+            const node = LiteGraph.createNode("PersonalizeTrain" + type)
+            node.pos = [x, 0]
+            if (run) node.properties.personalize_run = run
+            app.graph.add(node)
+            return String(node.id)
+        }""",
+        [type, run, at],
+    )
+
+
+def tell(page: ComfyPage, node: str, run: str, workflow: str | None = None) -> None:
+    """Let the page hear what the server says of a run."""
+    page.run(
+        """([node, run, workflow]) => app.api.dispatchCustomEvent("personalize.run",
+            {node, run, workflow: workflow ?? app.graph.id, line: {step: 1}})""",
+        [node, run, workflow],
+    )
+
+
+ELEMENT = "app.graph.getNodeById({}).widgets.find(w => w.name === 'monitor').element"
+
+
+def text(page: ComfyPage, node: str, part: str = "") -> str:
+    """Return what a node's monitor says, or a part of it."""
+    where = ELEMENT.format(node) + (f".querySelector('.{part}')" if part else "")
+    return page.run(f"() => {where}.textContent")
+
+
+def wait_for(page: ComfyPage, node: str, words: str) -> None:
+    page.wait(f"{ELEMENT.format(node)}.textContent.includes({json.dumps(words)})")
+
+
+def look_at(page: ComfyPage, node: str, scale: float = 1.0) -> None:
+    """Bring the monitor of a node into the window."""
+    page.run(
+        """([id, scale]) => {
+            const node = app.graph.getNodeById(id)
+            const shown = 900 / scale // the lower end of the node is at 900 px of the page
+            app.canvas.ds.scale = scale
+            app.canvas.ds.offset = [200 / scale - node.pos[0], shown - node.pos[1] - node.size[1]]
+            app.canvas.draw(true, true)
+        }""",
+        [node, scale],
+    )
+    page.wait(f"{ELEMENT.format(node)}.querySelector('.losses canvas')?.clientWidth > 0")
+
+
+def set_renderer(page: ComfyPage, vue: bool) -> None:
+    page.run(
+        "async on => { await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on) }", vue
+    )
+
+
+def hover(page: ComfyPage, plot: str, step: int, height: float = 0.5, click: bool = False) -> None:
+    """Move the pointer to a step of a plot; height: 0 at the bottom, 1 at the top."""
+    box = page.page.locator(f".personalize-monitor .{plot} .u-over").bounding_box()
+    assert box
+    x, y = box["x"] + box["width"] * step / STEPS, box["y"] + box["height"] * (1 - height)
+    page.page.mouse.move(x - 3, y)
+    page.page.mouse.move(x, y)
+    if click:
+        page.page.mouse.click(x, y)
+
+
+# Runs as the training writes them
+
+
+def write_run(root: Path, name: str, **how) -> Path:
+    """Write a run's folder: run.json, history.jsonl, samples."""
+    folder = root / name
+    (folder / "samples").mkdir(parents=True)
+    facts = {"method": how.get("method", "lora"), "settings": {"steps": STEPS}}
+    (folder / "run.json").write_text(json.dumps(facts))
+    append(folder, history(folder, **how))
+    return folder
+
+
+def append(folder: Path, lines: list[dict]) -> None:
+    with open(folder / "history.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def history(folder: Path, *, first=0, last=STEPS, monitored=True, end="", **_) -> list[dict]:
+    """Return lines from step `first` to `last`: an over-fitting run, best at step 140."""
+    lines = []
+    for step in range(first, last + 1):
+        if step:
+            noise = 0.06 * math.sin(7.3 * step) * math.sin(1.7 * step)
+            loss = 0.05 + 0.15 * math.exp(-step / 90) + noise
+            lines.append({"step": step, "loss": loss, "learning_rate": 1e-3})
+        if monitored and step % EVERY == 0:
+            lines.append(evaluation(folder, step))
+    if end:
+        best = min(last, 140) if monitored else None
+        lines.append({"end": True, "step": last, "reason": end, "best_step": best})
+    return lines
+
+
+def evaluation(folder: Path, step: int) -> dict:
+    x = step / STEPS
+    samples = [f"samples/{step:06d}-{i}.png" for i in range(3)]
+    for index, name in enumerate(samples):
+        write_sample(folder / name, f"{step}", index)
+    gamma = [max(0.0, min(1.0, (1.6 * x - 0.1 * bin) * (1 - bin / 12))) for bin in range(10)]
+    held_out = 0.16 - 0.055 * math.sin(4 * x) + 0.05 * x * x
+    return {
+        "evaluation": True,
+        "step": step,
+        "seconds": 0.25 * step,
+        "total_steps": STEPS,
+        "train": 0.04 + 0.12 * math.exp(-3.5 * x),
+        "held_out": held_out,
+        "prior": 0.2 * (1 + 0.12 * x * x),
+        "gamma": gamma,
+        "gap": 0.1 * x,
+        "prior_drift": 0.12 * x * x,
+        "corruption": 1 + 0.25 * math.sin(2.6 * x) * x,
+        "nearest": 0.6 + 0.3 * x,
+        "diversity": 0.4 - 0.2 * x,
+        "samples": samples,
+        "best_step": min(step, 140),
+        "verdict": "learning" if step <= 200 else "over-fitting",
+        "patience_left": 5 if step <= 140 else max(0, 5 - (step - 140) // 20),
+    }
+
+
+def write_sample(path: Path, text: str, index: int) -> None:
+    image = Image.new("RGB", (96, 96), [(60, 90, 140), (140, 80, 60), (60, 130, 90)][index])
+    ImageDraw.Draw(image).text((20, 36), text, fill="white", font_size=24)
+    image.save(path)
+
+
+# A run that has ended
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["canvas nodes", "vue nodes"])
+def test_a_node_draws_its_run_in_both_renderers(fresh, runs, vue):
+    set_renderer(fresh, vue)
+    try:
+        node = add(fresh, "ended")
+        wait_for(fresh, node, "stopped early")
+        look_at(fresh, node)
+        assert text(fresh, node, "run") == "LoRA · ended"
+        assert text(fresh, node, "progress") == "400 steps"
+        assert text(fresh, node, "verdict") == "over-fitting · best at 140"
+        values = evaluation(runs / "ended", STEPS)
+        shown = text(fresh, node, "readLosses") + text(fresh, node, "readDrift")
+        for key in ("train", "held_out"):
+            assert f"{values[key]:.4f}" in shown
+        assert f"+{100 * values['prior_drift']:.0f} %" in shown
+        assert f"{values['corruption']:.2f}" in shown
+        fresh.page.locator(".personalize-monitor .losses canvas").wait_for(timeout=WAIT)
+        for plot, colour in (("losses", "held"), ("losses", "train"), ("drift", "prior")):
+            assert painted(fresh, node, plot, colour) > 100
+        assert painted(fresh, node, "gamma", "heat") > 100
+        assert fresh.page.locator(".personalize-monitor .buttons").is_hidden()
+    finally:
+        set_renderer(fresh, False)
+
+
+def painted(page: ComfyPage, node: str, plot: str, colour: str) -> int:
+    """Count the pixels of a plot that have a line's colour ("heat": the brightest of the strip)."""
+    return page.run(
+        """([plot, colour, root]) => {
+            root = eval(root)
+            const canvas = root.querySelector(`.${plot} canvas`)
+            const style = getComputedStyle(root).getPropertyValue(`--pm-${colour}`)
+            const wanted = colour === "heat" ? [253, 231, 37]
+                : [1, 3, 5].map(i => parseInt(style.slice(i, i + 2), 16))
+            const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height)
+            let count = 0
+            for (let i = 0; i < data.length; i += 4)
+                count += wanted.every((c, k) => Math.abs(c - data[i + k]) < 6) && data[i + 3] > 250
+            return count
+        }""",
+        [plot, colour, ELEMENT.format(node)],
+    )
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.6])
+def test_hovering_reads_the_values_of_a_step_however_the_graph_is_zoomed(fresh, runs, scale):
+    node = add(fresh, "ended")
+    wait_for(fresh, node, "stopped early")
+    look_at(fresh, node, scale)
+    values = evaluation(runs / "ended", 200)
+    hover(fresh, "losses", 200)
+    fresh.wait(f"{ELEMENT.format(node)}.querySelector('.at').textContent === 'step 200'")
+    assert f"{values['held_out']:.4f}" in text(fresh, node, "readLosses")
+    hover(fresh, "gamma", 200, height=0.05)
+    assert "t 0\N{EN DASH}10 %" in text(fresh, node, "readGamma")
+    assert f"{values['gamma'][0]:.2f}" in text(fresh, node, "readGamma")
+    hover(fresh, "gamma", 200, height=0.95)
+    assert f"{values['gamma'][9]:.2f}" in text(fresh, node, "readGamma")
+    fresh.page.mouse.move(1500, 500)
+    fresh.wait(f"{ELEMENT.format(node)}.querySelector('.at').textContent === 'step 400'")
+
+
+def test_the_slider_and_a_click_into_the_chart_show_the_samples_of_that_step(fresh, runs):
+    node = add(fresh, "ended")
+    wait_for(fresh, node, "stopped early")
+    look_at(fresh, node)
+    assert samples(fresh) == [f"000400-{i}.png" for i in range(3)]
+    fresh.page.locator(".personalize-monitor .slider").fill("5")
+    assert samples(fresh) == [f"000100-{i}.png" for i in range(3)]
+    assert text(fresh, node, "caption") == "step 100"
+    hover(fresh, "losses", 200, click=True)
+    assert samples(fresh) == [f"000200-{i}.png" for i in range(3)]
+    fresh.page.mouse.move(1500, 500)
+    assert text(fresh, node, "at") == "step 200"
+    tell(fresh, node, "ended")  # a reading does not take it away
+    fresh.page.wait_for_timeout(1000)
+    assert samples(fresh) == [f"000200-{i}.png" for i in range(3)]
+
+
+def samples(page: ComfyPage) -> list[str]:
+    """Return the file names of the thumbnails, once all are loaded."""
+    page.wait(
+        "[...document.querySelectorAll('.personalize-monitor .thumbnail img')]"
+        ".every(image => image.complete && image.naturalWidth === 96)"
+    )
+    return page.run(
+        """() => [...document.querySelectorAll(".personalize-monitor .thumbnail img")].map(
+            image => new URL(image.src).pathname.split("/").at(-1))"""
+    )
+
+
+def test_a_thumbnail_opens_at_full_size_and_closes_again(fresh, runs):
+    node = add(fresh, "ended")
+    wait_for(fresh, node, "stopped early")
+    look_at(fresh, node)
+    fresh.page.locator(".personalize-monitor .thumbnail").nth(1).click()
+    large = fresh.page.locator("dialog.personalize-sample")
+    assert large.inner_text() == "Sample 2 of 3 at step 400"
+    fresh.page.keyboard.press("ArrowRight")
+    assert large.locator("img").get_attribute("src").split("?")[0].endswith("/000400-2.png")
+    fresh.page.keyboard.press("Escape")
+    large.wait_for(state="detached")
+    assert fresh.nodes()  # the key went to the dialog, not to the graph
+
+
+def test_without_a_monitor_there_are_loss_and_progress(fresh, runs):
+    node = add(fresh, "plain")
+    wait_for(fresh, node, "finished")
+    look_at(fresh, node)
+    assert text(fresh, node, "progress") == "300 steps"
+    assert "connect a monitor" in text(fresh, node, "verdict").lower()
+    assert painted(fresh, node, "losses", "loss") > 100
+    for part in ("drift", "gamma", "gallery", "buttons"):
+        assert fresh.page.locator(f".personalize-monitor .{part}").is_hidden()
+
+
+def test_the_chart_grows_with_the_history(fresh, runs):
+    folder = write_run(runs, "grows", last=100)
+    node = add(fresh, "grows")
+    wait_for(fresh, node, "100 steps")
+    append(folder, history(folder, first=101, last=240))
+    tell(fresh, node, "grows")
+    wait_for(fresh, node, "240 steps")
+    assert text(fresh, node, "verdict") == "over-fitting · best at 140"
+    append(folder, [{"end": True, "step": 240, "reason": "failed", "best_step": 140}])
+    tell(fresh, node, "grows")
+    wait_for(fresh, node, "failed")
+
+
+def test_colours_follow_the_theme(fresh, runs):
+    node = add(fresh, "ended")
+    wait_for(fresh, node, "stopped early")
+    look_at(fresh, node)
+    set_theme = "async id => { await app.extensionManager.setting.set('Comfy.ColorPalette', id) }"
+    dark = fresh.run(f"() => getComputedStyle({ELEMENT.format(node)}).color")
+    try:
+        fresh.run(set_theme, "light")
+        fresh.wait(f"getComputedStyle({ELEMENT.format(node)}).color !== {json.dumps(dark)}")
+        fresh.page.wait_for_timeout(300)
+        assert painted(fresh, node, "losses", "held") > 100
+    finally:
+        fresh.run(set_theme, "dark")
+
+
+# Whose run it is
+
+
+def test_an_event_makes_the_node_show_the_run_and_the_workflow_remembers_it(fresh, runs):
+    write_run(runs, "my subject 7", last=60, end="finished")
+    node = add(fresh)
+    assert "appears here" in text(fresh, node)
+    tell(fresh, node, "my subject 7")
+    wait_for(fresh, node, "60 steps")
+    saved = fresh.run("() => app.graph.serialize()")
+    assert saved["nodes"][0]["properties"]["personalize_run"] == "my subject 7"
+    fresh.run("() => app.graph.clear()")
+    fresh.load(saved)
+    wait_for(fresh, node, "60 steps")
+
+
+def test_the_chart_is_no_input_of_the_prompt_and_no_widget_value(fresh, runs, object_info):
+    add(fresh, "ended")
+    (saved,) = fresh.run("() => app.graph.serialize()")["nodes"]
+    declared = object_info["PersonalizeTrainLoRA"]["input"]["required"]
+    widgets = [name for name, (kind, *_) in declared.items() if name not in ("model", "data")]
+    assert len(saved["widgets_values"]) == len(widgets)
+    ((_, prompt),) = fresh.prompt().items()
+    assert set(prompt["inputs"]) == set(widgets)
+
+
+def test_every_node_shows_its_own_run(fresh, runs):
+    one, two = add(fresh, "ended"), add(fresh, "plain", "PaRa", at=500)
+    three = add(fresh, at=1000)
+    wait_for(fresh, one, "400 steps")
+    wait_for(fresh, two, "300 steps")
+    assert "appears here" in text(fresh, three)
+
+
+def test_a_copy_shows_nothing_until_it_is_trained(fresh, runs):
+    node = add(fresh, "ended")
+    wait_for(fresh, node, "stopped early")
+    clone, copy = fresh.run(
+        """id => {
+            const node = app.graph.getNodeById(id)
+            app.canvas.selectItems([node])
+            app.canvas.copyToClipboard()
+            app.canvas.pasteFromClipboard()
+            const copy = app.graph._nodes.find(n => n !== node)
+            return [node.clone().properties.personalize_run ?? null, String(copy.id)]
+        }""",
+        node,
+    )
+    assert clone is None
+    assert "appears here" in text(fresh, copy)
+    assert "stopped early" in text(fresh, node)
+    saved = fresh.run("() => app.graph.serialize()")["nodes"]
+    assert [n["properties"].get("personalize_run") for n in saved] == ["ended", None]
+
+
+def test_the_same_node_id_in_another_open_workflow_is_not_meant(fresh, runs):
+    node = add(fresh)
+    other = fresh.run(
+        """async () => {
+            const before = app.extensionManager.workflow.activeWorkflow
+            await app.extensionManager.command.execute("Comfy.NewBlankWorkflow")
+            const id = app.graph.id
+            await app.extensionManager.workflow.syncWorkflows?.()
+            return id
+        }"""
+    )
+    # the new workflow is open now: its node of the same id must not take the first one's run
+    first = fresh.run(
+        """() => app.extensionManager.workflow.openWorkflows
+            .map(w => w.activeState?.id).find(id => id && id !== app.graph.id)"""
+    )
+    assert first and first != other
+    assert add(fresh) == node
+    tell(fresh, node, "ended", first)
+    tell(fresh, node, "my subject", first)
+    fresh.page.wait_for_timeout(500)
+    assert "appears here" in text(fresh, node)
+
+
+def test_a_run_with_another_name_is_not_meant(fresh, runs):
+    node = add(fresh)
+    tell(fresh, node, "ended")
+    fresh.page.wait_for_timeout(500)
+    assert "appears here" in text(fresh, node)
+
+
+def test_a_node_inside_a_subgraph_is_reached(fresh, runs):
+    write_run(runs, "my subject 8", last=60, end="finished")
+    node = add(fresh)
+    outer = fresh.run(
+        """id => {
+            const {node} = app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]))
+            return String(node.id)
+        }""",
+        node,
+    )
+    inner = fresh.run("id => String(app.graph.getNodeById(id).subgraph._nodes[0].id)", outer)
+    tell(fresh, f"{outer}:{inner}", "my subject 8")
+    fresh.wait(
+        f"app.graph.getNodeById({outer}).subgraph._nodes[0].widgets"
+        ".find(w => w.name === 'monitor').element.textContent.includes('60 steps')"
+    )
+
+
+# What may go wrong
+
+
+def test_a_run_that_was_deleted_is_said_to_be_gone(fresh, runs):
+    folder = write_run(runs, "to delete", last=60)
+    node = add(fresh, "to delete")
+    wait_for(fresh, node, "60 steps")
+    shutil.rmtree(folder)
+    tell(fresh, node, "to delete")
+    wait_for(fresh, node, "not there any more")
+    write_run(runs, "to delete", last=40, monitored=False)
+    tell(fresh, node, "to delete")
+    wait_for(fresh, node, "40 steps")
+
+
+def test_a_folder_that_was_made_anew_is_read_anew(fresh, runs):
+    folder = write_run(runs, "anew", last=60)
+    node = add(fresh, "anew")
+    wait_for(fresh, node, "60 steps")
+    shutil.rmtree(folder)
+    write_run(runs, "anew", last=140)
+    tell(fresh, node, "anew")
+    wait_for(fresh, node, "140 steps")
+
+
+def test_hostile_texts_are_shown_as_text(fresh, runs):
+    folder = write_run(runs, "hostile", last=20)
+    line = evaluation(folder, 40) | {
+        "verdict": HOSTILE,
+        "samples": [HOSTILE, "../../x.png", "javascript:alert(1)", 7, "samples/000040-0.png"],
+        "gamma": HOSTILE,
+        "train": HOSTILE,
+        "best_step": HOSTILE,
+        "patience_left": {},
+    }
+    append(folder, [line, {"end": True, "step": 40, "reason": HOSTILE}, {"step": HOSTILE}])
+    node = add(fresh, "hostile")
+    wait_for(fresh, node, "<img")
+    look_at(fresh, node)
+    assert samples(fresh) == ["000040-0.png"]
+    other = add(fresh, HOSTILE, at=600)
+    wait_for(fresh, other, "not there any more")
+    assert HOSTILE in text(fresh, other)
+    assert fresh.page.locator(".personalize-monitor img").count() == 1
+
+
+def test_nodes_may_be_collapsed_removed_and_brought_back(fresh, runs):
+    node = add(fresh, "ended")
+    wait_for(fresh, node, "stopped early")
+    look_at(fresh, node)
+    fresh.run("id => app.graph.getNodeById(id).collapse()", node)
+    fresh.page.wait_for_timeout(200)
+    monitor = fresh.page.locator(".personalize-monitor").filter(has_text="ended")
+    assert monitor.is_hidden()
+    fresh.run("id => app.graph.getNodeById(id).collapse()", node)
+    monitor.wait_for(timeout=WAIT)
+    fresh.run(
+        """id => {
+            const node = app.graph.getNodeById(id)
+            app.graph.remove(node)
+            app.graph.add(node)
+        }""",
+        node,
+    )
+    look_at(fresh, node)
+    assert painted(fresh, node, "losses", "held") > 100

@@ -1,0 +1,215 @@
+"""The routes that the page reads runs by, and what it may ask of a training."""
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import quote
+
+import pytest
+
+from headless import ComfyServer
+
+LINES = [{"step": 1, "loss": 0.5}, {"evaluation": True, "step": 1, "train": 0.25}]
+
+
+@pytest.fixture(scope="module")
+def runs(server: ComfyServer) -> Path:
+    """The runs folder, with a run and what must stay unread beside it."""
+    root = server.output_dir / "personalized"
+    folder = root / "routes"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "run.json").write_text('{"method": "lora", "settings": {"steps": 7}}')
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    (folder / "pinned.json").write_text("[1]")
+    (folder / "samples" / "000001-0.png").write_bytes(b"a picture")
+    (server.output_dir / "secret.png").write_bytes(b"secret")
+    (server.output_dir / "history.jsonl").write_text('{"step": 1, "loss": 666}\n')
+    (folder / "samples" / "link.png").symlink_to(server.output_dir / "secret.png")
+    (folder / "samples" / "notes.txt").write_text("notes")
+    (root / "a link").symlink_to(server.output_dir)
+    return root
+
+
+def ask(server: ComfyServer, path: str, body: object = None, **headers: str) -> tuple[int, bytes]:
+    """Return status and body; a POST where `body` is given."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{server.url}/personalize/runs{path}", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status, reply.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def history(server: ComfyServer, run: str, start: int = 0) -> dict:
+    status, body = ask(server, f"/{quote(run)}/history?from={start}")
+    assert status == 200
+    return json.loads(body)
+
+
+# Reading
+
+
+def test_the_history_comes_with_the_runs_facts(server, runs):
+    answer = history(server, "routes")
+    assert answer.pop("created").isdigit()
+    size = (runs / "routes" / "history.jsonl").stat().st_size
+    facts = {"title": "LoRA", "total_steps": 7, "pinned": [1], "running": False}
+    assert answer == {"lines": LINES, "next": size, **facts}
+
+
+def test_reading_goes_on_where_it_ended_and_leaves_half_a_line(server, runs):
+    path = runs / "growing" / "history.jsonl"
+    path.parent.mkdir()
+    assert history(server, "growing") | {"created": ""} == {
+        **{"lines": [], "next": 0, "running": False, "title": "", "created": ""},
+        **{"total_steps": None, "pinned": []},
+    }
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    first = history(server, "growing")
+    assert first["lines"] == [{"step": 1}, {"step": 2}]
+    with path.open("a") as file:
+        file.write('ep": 3}\n')
+    second = history(server, "growing", first["next"])
+    assert second["lines"] == [{"step": 3}] and second["next"] == path.stat().st_size
+    assert history(server, "growing", second["next"] + 99)["lines"] == []
+
+
+def test_a_long_history_comes_in_parts(server, runs):
+    path = runs / "long" / "history.jsonl"
+    path.parent.mkdir()
+    count = 60_000
+    path.write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in range(count)))
+    steps, start, parts = [], 0, 0
+    while (answer := history(server, "long", start))["lines"]:
+        steps += [line["step"] for line in answer["lines"]]
+        start, parts = answer["next"], parts + 1
+    assert steps == list(range(count)) and parts > 1
+
+
+def test_what_is_no_number_is_null_and_damaged_lines_are_left_out(server, runs):
+    path = runs / "damaged" / "history.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"step": 1, "loss": NaN}\n\x00\x00garbage\n[1]\n{"step": 2}\n')
+    (path.parent / "run.json").write_text("[]")
+    assert history(server, "damaged")["lines"] == [{"step": 1, "loss": None}, {"step": 2}]
+
+
+def test_a_sample_is_sent_as_a_picture_and_never_stale(server, runs):
+    url = f"{server.url}/personalize/runs/routes/samples/000001-0.png"
+    with urllib.request.urlopen(url, timeout=30) as reply:
+        assert reply.read() == b"a picture"
+        assert reply.headers["Content-Type"] == "image/png"
+        assert "no-cache" in reply.headers["Cache-Control"]
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+
+
+# Nothing else
+
+
+OUTSIDE = [
+    "..",
+    ".",
+    "a link",
+    "../personalized/routes",
+    "routes/../..",
+    "/etc",
+    "no such run",
+    "\0",
+]
+
+
+@pytest.mark.parametrize("run", [*OUTSIDE, "x" * 300, "routes ", "con", "C:\\", "%2e%2e"])
+def test_no_route_leaves_the_runs_folder(server, runs, run):
+    name = quote(run, safe="")
+    wishes = [("history", None), ("samples/secret.png", None), ("stop", {}), ("pin", {})]
+    for path, body in wishes:
+        status, text = ask(server, f"/{name}/{path}", body)
+        assert status in (404, 405), path
+        assert b"666" not in text and str(runs).encode() not in text and b"personalized" not in text
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["link.png", "notes.txt", "../run.json", "..%2f..%2f..%2fsecret.png", "no.png", "%00.png"],
+)
+def test_only_pictures_in_the_samples_folder_are_sent(server, runs, file):
+    status, text = ask(server, f"/routes/samples/{file}")
+    assert status == 404 and b"secret" not in text and str(runs).encode() not in text
+
+
+@pytest.mark.parametrize("start", ["-1", "x", "1e3", "9" * 30])
+def test_an_offset_that_is_none_is_refused(server, runs, start):
+    assert ask(server, f"/routes/history?from={start}")[0] == 400
+
+
+# Wishes
+
+
+@pytest.mark.parametrize("wish", ["stop", "pin"])
+def test_other_sites_may_not_ask_for_anything(server, runs, wish):
+    for headers in ({"Origin": "http://elsewhere.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert ask(server, f"/routes/{wish}", {}, **headers)[0] == 403
+
+
+@pytest.mark.parametrize("wish", ["stop", "pin"])
+def test_a_run_that_is_not_trained_now_can_not_be_asked(server, runs, wish):
+    status, text = ask(server, f"/routes/{wish}", {})
+    assert status == 409 and "not being trained" in json.loads(text)["error"]
+
+
+# Control
+
+
+@pytest.fixture
+def control(monkeypatch):
+    """The module, with a server that notes what it sends."""
+    from personalize.nodes import control
+
+    class Server:
+        sent: ClassVar[list] = []
+
+        def send_sync(self, event, data):
+            self.sent.append((event, data))
+
+    monkeypatch.setattr(control.PromptServer, "instance", Server(), raising=False)
+    Server.sent = []
+    return control
+
+
+def test_wishes_reach_the_training_once(control):
+    with control.running("a run", "12", "flow") as training:
+        assert control.of_run("a run") is training and control.of_run("another") is None
+        assert not training.stopping and training.take_pins() == []
+        training.pin(None)
+        training.pin(100)
+        assert training.take_pins() == [None, 100] and training.take_pins() == []
+        training.stop()
+        assert training.stopping
+    assert control.of_run("a run") is None
+
+
+def test_the_newest_run_of_a_node_is_remembered(control):
+    for run, node in (("one", "12"), ("two", "12"), ("three", "7:12")):
+        with control.running(run, node, "a flow"):
+            pass
+    known = {s.node: s.run for s in control.latest() if s.workflow == "a flow"}
+    assert known == {"12": "two", "7:12": "three"}
+
+
+def test_the_page_is_told_every_evaluation_but_not_every_step(control):
+    with control.running("a run", "12") as training:
+        for step in range(5):
+            training.tell({"step": step, "loss": float("nan")})
+        training.tell({"evaluation": True, "step": 5})
+        training.tell({"end": True, "step": 5})
+    sent = control.PromptServer.instance.sent
+    assert [event for event, _ in sent] == ["personalize.run"] * 3
+    assert [data["line"] for _, data in sent] == [
+        {"step": 0, "loss": None},
+        {"evaluation": True, "step": 5},
+        {"end": True, "step": 5},
+    ]
+    assert {(d["run"], d["node"], d["workflow"]) for _, d in sent} == {("a run", "12", None)}

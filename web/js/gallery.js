@@ -1,0 +1,81 @@
+// The samples of one evaluation as thumbnails, a slider through all of them, one at full size.
+
+import { element } from "./dom.js"
+
+export class Gallery {
+    #strip = element("div", "strip")
+    #slider = element("input", "slider", { type: "range", min: 0, step: 1 })
+    #caption = element("span", "caption")
+    #shown = "" // what the strip holds
+    #large = null
+
+    // pick(index): the slider was moved to that evaluation.
+    constructor(pick) {
+        this.#slider.setAttribute("aria-label", "Evaluation to look at")
+        this.#slider.addEventListener("input", () => pick(Number(this.#slider.value)))
+        const row = element("div", "row")
+        row.append(this.#slider, this.#caption)
+        this.element = element("div", "gallery")
+        this.element.append(this.#strip, row)
+    }
+
+    // evaluations: of the history; index: the one looked at; address(name): of a sample, or null.
+    draw(evaluations, index, address) {
+        const line = evaluations[index]
+        this.#slider.max = String(Math.max(0, evaluations.length - 1))
+        this.#slider.value = String(index)
+        this.#slider.disabled = evaluations.length < 2
+        this.#caption.textContent = line ? `step ${line.step.toLocaleString("en")}` : ""
+        const names = Array.isArray(line?.samples) ? line.samples : []
+        const addresses = names.map(address).filter(Boolean)
+        const key = addresses.join("\n")
+        if (key === this.#shown) return
+        this.#shown = key
+        this.#strip.replaceChildren(
+            ...addresses.map((source, i) => this.#thumbnail(source, i, addresses, line.step)),
+        )
+    }
+
+    close() {
+        this.#large?.close()
+    }
+
+    #thumbnail(source, index, addresses, step) {
+        const label = `Sample ${index + 1} of ${addresses.length} at step ${step.toLocaleString("en")}`
+        const button = element("button", "thumbnail", { type: "button", title: `${label}: show it large` })
+        const image = element("img", "", { src: source, alt: label, draggable: false })
+        image.addEventListener("error", () => button.classList.add("missing"))
+        button.append(image)
+        button.addEventListener("click", () => this.#enlarge(addresses, index, step))
+        return button
+    }
+
+    // A dialog of the page's own: Esc and a click close it, arrow keys turn the leaves.
+    #enlarge(addresses, index, step) {
+        this.close()
+        const dialog = element("dialog", "personalize-sample")
+        const image = element("img")
+        const caption = element("div")
+        const turn = (by) => {
+            index = (index + by + addresses.length) % addresses.length
+            image.src = addresses[index]
+            image.alt = `Sample ${index + 1} of ${addresses.length} at step ${step.toLocaleString("en")}`
+            caption.textContent = image.alt
+        }
+        turn(0)
+        dialog.append(image, caption)
+        dialog.addEventListener("click", () => dialog.close())
+        dialog.addEventListener("keydown", (event) => {
+            event.stopPropagation() // not a shortcut of the graph's
+            if (event.key === "ArrowRight") turn(1)
+            if (event.key === "ArrowLeft") turn(-1)
+        })
+        dialog.addEventListener("close", () => {
+            dialog.remove()
+            this.#large = null
+        })
+        document.body.append(dialog)
+        this.#large = dialog
+        dialog.showModal()
+    }
+}

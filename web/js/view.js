@@ -1,0 +1,273 @@
+// What a training node shows of its run. Knows the history and the page, not the graph.
+
+import { Charts } from "./charts.js"
+import { element } from "./dom.js"
+import { Gallery } from "./gallery.js"
+import { BINS, duration, figure, isNumber, percent } from "./history.js"
+
+const IDLE = "The chart appears here as it trains."
+const COLOURS = {
+    loss: "--pm-loss",
+    train: "--pm-train",
+    held: "--pm-held",
+    prior: "--pm-prior",
+    corruption: "--pm-corruption",
+    best: "--pm-best",
+    grid: "--pm-grid",
+    text: "--pm-text",
+    muted: "--pm-muted",
+}
+const [IDLE_HEIGHT, PLAIN_HEIGHT, FULL_HEIGHT, SAMPLES_HEIGHT, BUTTONS_HEIGHT] = [26, 176, 344, 94, 30] // px
+
+export class View {
+    #actions
+    #charts = null
+    #parts = {}
+    #picked = null // the step of the evaluation looked at; null follows the newest
+    #pointed = [null, null] // step and bin under the pointer
+    #run = null
+    #history = null
+    #secondsLeft = null
+    #observer = new ResizeObserver(() => this.#draw())
+
+    // actions: {stop(), pin(step or null), sample(run, name, created), resized()}
+    constructor(actions) {
+        this.#actions = actions
+        this.element = element("div", "personalize-monitor")
+        const part = (name, tag = "div", properties = {}) => {
+            this.#parts[name] = element(tag, name, properties)
+            return this.#parts[name]
+        }
+        const head = element("div", "head")
+        head.append(part("state", "span"), part("run", "span"), part("progress", "span"))
+        const second = element("div", "head")
+        second.append(part("verdict", "span"), part("at", "span"))
+        this.gallery = new Gallery((index) => this.#pick(index))
+        this.#parts.gallery = this.gallery.element
+        const buttons = part("buttons")
+        const stop = "End after this step; keep the best checkpoint and the last, and go on with the graph."
+        buttons.append(
+            part("stop", "button", { type: "button", textContent: "Stop and keep", title: stop }),
+            part("pin", "button", { type: "button", textContent: "Pin this checkpoint" }),
+            part("message", "span"),
+        )
+        this.#parts.message.setAttribute("role", "status")
+        this.element.append(
+            part("idle"),
+            head,
+            second,
+            part("readLosses"),
+            part("losses"),
+            part("readDrift"),
+            part("drift"),
+            part("readGamma"),
+            part("gamma"),
+            part("readSamples"),
+            this.gallery.element,
+            buttons,
+        )
+        for (const name of ["readLosses", "readDrift", "readGamma", "readSamples"]) this.#parts[name].classList.add("read")
+        for (const name of ["losses", "drift", "gamma"]) this.#parts[name].classList.add("plot")
+        this.#parts.stop.addEventListener("click", () => this.#ask("stop"))
+        this.#parts.pin.addEventListener("click", () => this.#ask("pin"))
+        this.idle()
+    }
+
+    // Pixels that the content needs at least; more goes to the losses.
+    get height() {
+        const history = this.#history
+        if (!history || history.isEmpty) return IDLE_HEIGHT
+        const samples = history.evaluations.some((line) => line.samples?.length)
+        return (
+            (history.evaluations.length ? FULL_HEIGHT : PLAIN_HEIGHT) +
+            (samples ? SAMPLES_HEIGHT : 0) +
+            (history.facts.running ? BUTTONS_HEIGHT : 0)
+        )
+    }
+
+    // Show that there is nothing to show, and why.
+    idle(text = IDLE) {
+        this.#run = this.#history = this.#picked = null
+        this.#parts.idle.textContent = text
+        this.#draw()
+    }
+
+    // Show a run; secondsLeft: until the last step, or null where nobody knows.
+    show(run, history, secondsLeft) {
+        if (run !== this.#run) {
+            this.#picked = null
+            this.say("")
+        }
+        this.#run = run
+        this.#history = history
+        this.#secondsLeft = secondsLeft
+        if (history.isEmpty) this.#parts.idle.textContent = `${run}: ${history.state}`
+        this.#draw()
+    }
+
+    // A sentence beside the buttons.
+    say(text) {
+        this.#parts.message.textContent = this.#parts.message.title = text
+    }
+
+    // Draw again, because the theme changed.
+    redraw() {
+        this.#draw()
+    }
+
+    // Start to follow the size of the element; `rest` ends that, and frees the charts.
+    wake() {
+        this.#observer.observe(this.element)
+    }
+
+    rest() {
+        this.#observer.disconnect()
+        this.gallery.close()
+        this.#charts?.destroy()
+        this.#charts = null
+    }
+
+    #makeCharts() {
+        const style = getComputedStyle(this.element)
+        return new Charts(
+            this.#parts,
+            (name) => style.getPropertyValue(COLOURS[name]) || "gray",
+            (step, bin) => this.#point(step, bin),
+            (step) => this.#pick(this.#history?.nearest(step) ?? -1),
+        )
+    }
+
+    get #index() {
+        const evaluations = this.#history?.evaluations ?? []
+        if (this.#picked === null) return evaluations.length - 1
+        return this.#history.nearest(this.#picked)
+    }
+
+    #pick(index) {
+        const evaluations = this.#history?.evaluations ?? []
+        if (!evaluations[index]) return
+        this.#picked = index === evaluations.length - 1 ? null : evaluations[index].step
+        this.#draw()
+    }
+
+    #point(step, bin) {
+        this.#pointed = [step, bin]
+        this.#read()
+    }
+
+    async #ask(wish) {
+        const button = this.#parts[wish]
+        button.disabled = true
+        try {
+            await this.#actions[wish](this.#picked)
+        } catch (error) {
+            this.say(error.message)
+        }
+        button.disabled = false
+    }
+
+    #draw() {
+        const history = this.#history
+        const has = history && !history.isEmpty
+        const evaluated = has && history.evaluations.length > 0
+        this.element.classList.toggle("is-idle", !has)
+        this.element.classList.toggle("is-plain", !!has && !evaluated)
+        if (this.element.style.minHeight !== `${this.height}px`) {
+            this.element.style.minHeight = `${this.height}px`
+            this.#actions.resized()
+        }
+        if (!has) return
+        this.#head()
+        if (!this.element.clientWidth) return // out of sight: drawn when its size changes
+        const samples = history.evaluations.some((line) => line.samples?.length)
+        this.#parts.gallery.hidden = this.#parts.readSamples.hidden = !samples
+        this.#parts.buttons.hidden = !history.facts.running
+        if (samples) {
+            const address = (name) => this.#actions.sample(this.#run, name, history.facts.created)
+            this.gallery.draw(history.evaluations, this.#index, address)
+        }
+        this.#parts.pin.title =
+            this.#picked === null
+                ? "Keep the checkpoint of the next step for good."
+                : `Keep the checkpoint of step ${this.#picked} for good.`
+        this.#charts ??= this.#makeCharts()
+        this.#charts.draw(history, this.#picked)
+        this.#read()
+    }
+
+    #head() {
+        const { state, run, progress, verdict } = this.#parts
+        const history = this.#history
+        state.textContent = history.state
+        state.dataset.state = history.state
+        run.textContent = run.title = [history.facts.title, this.#run].filter(Boolean).join(" · ")
+        const [step, total] = [history.step, history.totalSteps].map((n) => n.toLocaleString("en"))
+        const left = this.#secondsLeft
+        progress.textContent =
+            state.dataset.state === "training"
+                ? `${step} / ${total}${left === null ? "" : ` · ${duration(left)} left`}`
+                : `${step} steps`
+        verdict.textContent = verdict.title = this.#verdict()
+    }
+
+    #verdict() {
+        const history = this.#history
+        const newest = history.newest
+        if (!newest) return "Connect a Monitor for held-out loss, drift, samples."
+        const words = [newest.verdict]
+        if (history.bestStep !== null) words.push(`best at ${history.bestStep.toLocaleString("en")}`)
+        if (history.state === "training" && isNumber(newest.patience_left))
+            words.push(`patience ${newest.patience_left}`)
+        return words.filter(Boolean).join(" · ")
+    }
+
+    // Write the values at the pointer, else of the evaluation looked at, else the newest ones.
+    #read() {
+        const history = this.#history
+        if (!history || history.isEmpty) return
+        const [pointed, bin] = this.#pointed
+        const wanted = pointed ?? this.#picked ?? history.step
+        const line = history.evaluations[history.nearest(wanted)]
+        const step = line?.step ?? Math.round(Math.min(Math.max(0, wanted), history.step))
+        this.#parts.at.textContent = `step ${step.toLocaleString("en")}`
+        write(this.#parts.readLosses, [
+            ["loss", "loss", figure(history.lossAt(step))],
+            ["train", "train", line?.train, figure],
+            ["held", "held out", line?.held_out, figure],
+        ])
+        if (!line) return
+        write(this.#parts.readDrift, [
+            ["prior", "prior drift", line.prior_drift, percent],
+            ["corruption", "corruption", line.corruption, (value) => value.toFixed(2)],
+        ])
+        const gamma = Array.isArray(line.gamma) ? line.gamma.filter(isNumber) : []
+        const mean = gamma.reduce((a, b) => a + b, 0) / gamma.length
+        const at = bin === null ? "on average" : `at t ${(100 * bin) / BINS}–${(100 * (bin + 1)) / BINS} %`
+        write(this.#parts.readGamma, [
+            ["heat", `over-fitting γ ${at}`, bin === null ? mean : line.gamma?.[bin], (value) => value.toFixed(2)],
+        ])
+        write(this.#parts.readSamples, [
+            ["", "likeness to a training picture", line.nearest, (value) => value.toFixed(2)],
+            ["", "diversity", line.diversity, (value) => value.toFixed(2)],
+        ])
+    }
+}
+
+// Write [colour, label, value, how to say it] entries, each with a dash of its line's colour; a
+// value that is no number is left out.
+function write(place, entries) {
+    const known = entries.filter(([, , value, say]) => !say || isNumber(value))
+    place.replaceChildren(
+        ...known.map(([colour, label, value, say]) => {
+            const entry = element("span", "entry")
+            if (colour) {
+                const dash = element("i")
+                dash.dataset.colour = colour
+                entry.append(dash)
+            }
+            entry.append(element("span", "label", { textContent: label }))
+            entry.append(element("b", "", { textContent: say ? say(value) : value }))
+            return entry
+        }),
+    )
+}
