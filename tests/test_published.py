@@ -33,6 +33,7 @@ def test_the_published_files_alone_are_the_pack(tmp_path, object_info):
         assert comfy.image(file).size == (128, 128)
 
 
-def test_the_large_files_that_are_published_are_the_base_alone():
+def test_the_large_files_that_are_published_are_the_two_bases_alone():
     large = [path for path in published_files() if (ROOT / path).stat().st_size > 1_000_000]
-    assert [path.as_posix() for path in large] == ["demo/base.safetensors"]
+    bases = ["base.safetensors", "pixel_base/unet/diffusion_pytorch_model.safetensors"]
+    assert [path.as_posix() for path in large] == [f"demo/{base}" for base in bases]
