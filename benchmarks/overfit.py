@@ -19,10 +19,11 @@ from torch import Tensor
 
 from demo.judges import AttributeReader, SubjectJudge
 from demo.report import Picture, tensor
-from headless import Comfy, ComfyServer, Graph, fill_defaults
+from headless import Comfy, Graph, fill_defaults
 from headless.client import Prompt, Result
 
 from .metrics import nearest_silhouette
+from .servers import workers
 
 SUBJECT_PROMPTS = ("a zib totem in a meadow", "a zib totem on a white background")
 OTHER_PROMPTS = (
@@ -57,7 +58,18 @@ def workflow(subject: int, checkpoints: list[int], settings: dict[str, Any]) -> 
     return training, sampling
 
 
-def images(comfy: Comfy, prompt: Prompt, result: Result) -> dict[tuple[str, str], Tensor]:
+Pictures = dict[tuple[str, str], Tensor]  # by (step or split, prompt): (N, H, W, 3) in [0, 1]
+
+
+def run(comfy: Comfy, subject: int, checkpoints: list[int], settings: dict[str, Any]) -> Pictures:
+    """Train on a server, and draw with the base and every checkpoint."""
+    training, sampling = workflow(subject, checkpoints, settings)
+    comfy.run(fill_defaults(training, comfy.object_info()))
+    sampling = fill_defaults(sampling, comfy.object_info())
+    return images(comfy, sampling, comfy.run(sampling))
+
+
+def images(comfy: Comfy, prompt: Prompt, result: Result) -> Pictures:
     """Return the pictures by (step or split, prompt), (N, H, W, 3) in [0, 1] each."""
     found = {}
     for node, spec in prompt.items():
@@ -68,7 +80,7 @@ def images(comfy: Comfy, prompt: Prompt, result: Result) -> dict[tuple[str, str]
     return found
 
 
-def sheet(found: dict[tuple[str, str], Tensor], steps: list[int], path: Path) -> None:
+def sheet(found: Pictures, steps: list[int], path: Path) -> None:
     """Write the training pictures above two samples of every prompt, a row per checkpoint."""
     rows = [
         [found[str(step), text][:2] for text in (*SUBJECT_PROMPTS, *OTHER_PROMPTS)]
@@ -81,7 +93,7 @@ def sheet(found: dict[tuple[str, str], Tensor], steps: list[int], path: Path) ->
     Image.fromarray(page).save(path, optimize=True)
 
 
-def scores(found: dict[tuple[str, str], Tensor], step: str) -> dict[str, float]:
+def scores(found: Pictures, step: str) -> dict[str, float]:
     """Judge the samples of one checkpoint."""
     reader, judge = AttributeReader.load(), SubjectJudge.load()
 
@@ -119,12 +131,8 @@ def main() -> None:
         "layers": options.layers,
         "batch_size": 2,
     }
-    environment = {"OMP_NUM_THREADS": "1"}
-    with ComfyServer(env=environment) as server, Comfy(server.url, timeout=14_400) as comfy:
-        training, sampling = workflow(options.subject, checkpoints, settings)
-        comfy.run(fill_defaults(training, comfy.object_info()))
-        sampling = fill_defaults(sampling, comfy.object_info())
-        found = images(comfy, sampling, comfy.run(sampling))
+    with workers(1) as (worker,):
+        found = run(worker.comfy, options.subject, checkpoints, settings)
     rows = {step: scores(found, str(step)) for step in (0, *checkpoints)}
     names = list(rows[0])
     print("| step | " + " | ".join(name.replace("_", " ") for name in names) + " |")
