@@ -8,6 +8,7 @@ from .data import Dataset
 from .demo import DemoBase, DemoSubject
 from .folder import Folder
 from .load import Apply, Load
+from .monitor import Monitor
 from .routes import register
 from .train import train_node
 
@@ -20,4 +21,4 @@ class PersonalizeExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         training = [train_node(method) for method in METHODS.values()]
-        return [Folder, Dataset, *training, Apply, Load, Combine, DemoBase, DemoSubject]
+        return [Folder, Dataset, Monitor, *training, Apply, Load, Combine, DemoBase, DemoSubject]

@@ -24,7 +24,7 @@ from ..trainers.edits import (
 )
 from ..trainers.errors import InputError
 from ..trainers.methods import METHODS
-from ..trainers.run import Run, list_runs
+from ..trainers.run import NAMED, Run, list_runs
 from ..trainers.time_aware import SITE, TimeAware, block_of
 from .bridge import PREFIX, fingerprint, twin_names
 from .inject import add_time_aware
@@ -242,7 +242,7 @@ class Load(io.ComfyNode):
                     "checkpoint",
                     options=checkpoint_names(runs),
                     default="last",
-                    tooltip="last, or a step that was kept (see 'save_every' of the trainer).",
+                    tooltip="last; best, where a monitor was connected; or a step that was kept.",
                 ),
                 STRENGTH,
             ],
@@ -284,7 +284,7 @@ class Load(io.ComfyNode):
 
 
 def checkpoint_names(runs: list[str]) -> list[str]:
-    """List every checkpoint name that some run has; "last" first."""
+    """List every checkpoint name that some run may have; "last" first."""
     steps = {
         int(name.removeprefix("step "))
         for run in runs
@@ -292,4 +292,4 @@ def checkpoint_names(runs: list[str]) -> list[str]:
         for name in Run(runs_root() / run).checkpoints()
         if name.startswith("step ")
     }
-    return ["last", *(f"step {step}" for step in sorted(steps))]
+    return [*NAMED, *(f"step {step}" for step in sorted(steps))]

@@ -3,11 +3,10 @@
 import dataclasses
 import inspect
 import sys
-import time
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import comfy.model_management
 import comfy.utils
@@ -20,20 +19,29 @@ from ..trainers.artifact import Header, Personalization
 from ..trainers.data import Example, PersonalData
 from ..trainers.denoiser import Denoiser
 from ..trainers.errors import InputError
-from ..trainers.loop import Step, train
+from ..trainers.loop import train
 from ..trainers.method import Method
 from ..trainers.monitor import over_fitting
-from ..trainers.run import LAST, Run, check_name
+from ..trainers.run import Run, check_name
+from . import control
 from .bridge import choose_precision, denoiser_of, fingerprint
+from .evaluate import Evaluator
 from .load import personalize, runs_root
-from .wires import CATEGORY, PersonalDataWire, PersonalizedWire, at
+from .monitor import Material, Monitoring
+from .watch import INTERRUPTED, Watch
+from .widgets import widget
+from .wires import CATEGORY, MonitorWire, PersonalDataWire, PersonalizedWire, at
 
-WIDGETS = {int: io.Int, float: io.Float, bool: io.Boolean}
 NAME = io.String.Input(
     "name",
     default="my subject",
     tooltip="The run's folder in output/personalized. A name that is taken gets a number: no run "
     "is ever overwritten.",
+)
+MONITOR = MonitorWire.Input(
+    "monitor",
+    optional=True,
+    tooltip="From Personalize Monitor: shows over-fitting, stops in time, keeps the best.",
 )
 LEARNED = (
     PersonalizedWire.Output(display_name="personalized", tooltip="What was learned, for Apply."),
@@ -63,10 +71,11 @@ class TrainNode(io.ComfyNode):
                 "few-shot training",
             ],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             inputs=[
                 io.Model.Input("model", tooltip="The base to personalise; it stays as it is."),
                 PersonalDataWire.Input("data", tooltip="From Personal Dataset."),
+                MONITOR,
                 NAME,
                 *map(widget, sorted(fields, key=lambda field: field.metadata["advanced"])),
             ],
@@ -80,11 +89,11 @@ class TrainNode(io.ComfyNode):
 
     @classmethod
     @torch.inference_mode(False)  # tensors born in inference mode can never train
-    def execute(cls, model, data, name, **settings) -> io.NodeOutput:
+    def execute(cls, model, data, name, monitor=None, **settings) -> io.NodeOutput:
         with at(cls):
             check_name(name)
             method = cls.method(cls.method.Settings(**settings))
-            session = Session(method, ModelBase(model), data, name, str(cls.hidden.unique_id))
+            session = Session(method, ModelBase(model), data, name, Place.of(cls), monitor)
             learned = session.train()
             patched, _ = personalize(model, learned, 1.0)
         summary = ui.PreviewText(session.summary(learned))
@@ -123,25 +132,39 @@ class ModelBase:
         return fingerprint(self.model)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in a graph a training runs."""
+
+    node: str
+    workflow: str | None = None  # its id; None for a prompt that no page queued
+
+    @classmethod
+    def of(cls, node: type[io.ComfyNode]) -> "Place":
+        """Return the place of the node that runs now."""
+        workflow = (node.hidden.extra_pnginfo or {}).get("workflow") or {}
+        return cls(str(node.hidden.unique_id), workflow.get("id"))
+
+
 @dataclass
 class Session:
-    """One training run inside ComfyUI: memory, progress, interrupts and files around the loop."""
+    """One training run inside ComfyUI: memory, interrupts and files around the loop."""
 
     method: Method
     base: Base
     data: PersonalData
     name: str
-    node_id: str
-    losses: list[float] = dataclasses.field(default_factory=list)
-    started: float = dataclasses.field(default_factory=time.monotonic)
-    run: Run | None = None
+    place: Place
+    monitoring: Monitoring | None = None
+    watch: Watch | None = None  # since the first step
     over_fitting: dict[str, float] = dataclasses.field(default_factory=dict)  # see the monitor
 
     def train(self) -> Personalization:
-        """Train to the end and return what was learned.
+        """Train to the end and return what was learned, or the best of it.
 
         However it ends, what was learned so far is on disk and the memory is free.
         """
+        material = self._material()
         comfy.model_management.unload_all_models()
         device = comfy.model_management.get_torch_device()
         precision = choose_precision(self.method.settings.precision, device)
@@ -149,8 +172,8 @@ class Session:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            data = self.base.in_network_scale(self.data, denoiser)
-            return self._train(denoiser.to(device), data)
+            scaled = (self.base.in_network_scale(d, denoiser) for d in material)
+            return self._train(denoiser.to(device), Material(*scaled))
         except comfy.model_management.OOM_EXCEPTION as error:
             raise MemoryError(
                 "out of memory. Switch 'gradient_checkpointing' on, set 'precision' to bf16, lower "
@@ -161,80 +184,108 @@ class Session:
             denoiser.to("meta")  # a traceback may hold the network, but not its weights
             comfy.model_management.soft_empty_cache()
 
-    def _train(self, denoiser: Denoiser, data: PersonalData) -> Personalization:
-        settings = self.method.settings
+    @property
+    def model(self) -> ModelPatcher | None:
+        """The base as a MODEL, if it is one."""
+        return self.base.model if isinstance(self.base, ModelBase) else None
+
+    def _material(self) -> Material:
+        if self.monitoring is None:
+            return Material(self.data, self.data)
+        return self.monitoring.prepare(self.data, self.model, self.method.settings.seed)
+
+    def _train(self, denoiser: Denoiser, material: Material) -> Personalization:
+        progress = comfy.utils.ProgressBar(self.method.settings.steps, node_id=self.place.node)
+        PromptServer.instance.send_progress_text("preparing the network", self.place.node)
+        facts: dict[str, float] = {}
+        with closing(train(self.method, denoiser, material.trained)) as steps:
+            first = step = next(steps)  # a run that can not start leaves no folder
+            run, header = self._create()
+            with control.running(run.name, self.place.node, self.place.workflow) as wishes:
+                watch = Watch(run, header, self.method.settings, wishes, progress)
+                self.watch = watch
+                try:
+                    watch.begin(self._evaluator(denoiser, material.measured, watch))
+                    for step in chain([first], steps):
+                        going = watch.after(step)
+                        comfy.model_management.throw_exception_if_processing_interrupted()
+                        if not going:
+                            break
+                    facts = self._facts(denoiser, material.trained)
+                except comfy.model_management.InterruptProcessingException:
+                    watch.reason = INTERRUPTED
+                    raise
+                finally:
+                    learned = watch.end(step, facts | peak_memory(denoiser.device))
+        return watch.evaluator.restored(learned) if watch.evaluator else learned
+
+    def _create(self) -> tuple[Run, Header]:
+        """Make the run's folder; return it and the header of its files."""
         header = Header(
             method=self.method.name,
             step=0,
-            settings=settings.as_dict(),
+            settings=self.method.settings.as_dict(),
             base=self.base.fingerprint(),
             instance_prompt=self.data.instance_prompt,
             class_prompt=self.data.class_prompt,
             data=self.data.fingerprint(),
         )
-        progress = comfy.utils.ProgressBar(settings.steps, node_id=self.node_id)
-        PromptServer.instance.send_progress_text("preparing the network", self.node_id)
-        with closing(train(self.method, denoiser, data)) as steps:
-            first = step = next(steps)  # a run that can not start leaves no folder
-            self.started = time.monotonic()
-            self.run = Run.create(runs_root(), self.name, header)
-            try:
-                for step in chain([first], steps):
-                    self._record(step, header)
-                    progress.update_absolute(step.index, settings.steps)
-                    comfy.model_management.throw_exception_if_processing_interrupted()
-            finally:
-                learned = Personalization.of(header, step.learned(), step.index)
-                self.run.save(learned, LAST)
-                if denoiser.device.type == "cuda":
-                    peak = torch.cuda.max_memory_allocated(denoiser.device)
-                    self.run.log(step=step.index, peak_memory=peak)
-            if data.held_out:
-                self.over_fitting = over_fitting(denoiser, data.training, data.held_out)
-                self.run.log(step=step.index, **self.over_fitting)
-        return learned
+        run = Run.create(runs_root(), self.name, header)
+        return run, replace(header, run=run.name)
 
-    def _record(self, step: Step, header: Header) -> None:
-        """Put a step into the history, on the screen and, when its turn has come, on disk."""
-        assert self.run is not None
-        self.losses.append(step.loss)
-        self.run.log(
-            step=step.index, loss=step.loss, learning_rate=step.learning_rate, **step.facts
-        )
-        every = self.method.settings.save_every
-        if every and step.index % every == 0:
-            kept = Personalization.of(header, step.learned(), step.index)
-            self.run.save(kept, f"step {step.index}")
-        PromptServer.instance.send_progress_text(self._progress_text(step.index), self.node_id)
-
-    def _progress_text(self, step: int) -> str:
-        total = self.method.settings.steps
-        rate = max(1, step - 1) / max(1e-9, time.monotonic() - self.started)
-        return (
-            f"step {step} of {total}, loss {self.recent_loss():.4f}, "
-            f"{rate:.2f} steps/s, {(total - step) / rate:.0f} s left"
+    def _evaluator(
+        self, denoiser: Denoiser, measured: PersonalData, watch: Watch
+    ) -> Evaluator | None:
+        if self.monitoring is None:
+            return None
+        return Evaluator(
+            self.monitoring,
+            denoiser,
+            measured,
+            self.method.settings,
+            watch.run,
+            watch.header,
+            self.model,
         )
 
-    def recent_loss(self) -> float:
-        """Return the mean loss of the last 50 steps."""
-        recent = self.losses[-50:]
-        return sum(recent) / len(recent)
+    def _facts(self, denoiser: Denoiser, data: PersonalData) -> dict[str, float]:
+        """Measure once at the end what no monitor has measured."""
+        if self.monitoring is None and data.held_out:
+            self.over_fitting = over_fitting(denoiser, data.training, data.held_out)
+        return self.over_fitting
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of every step."""
+        return self.watch.losses if self.watch is not None else []
 
     def summary(self, learned: Personalization) -> str:
         """Say what came out, for the node's face."""
-        assert self.run is not None
+        assert self.watch is not None
         return (
-            f"{self.method.title}: {learned.header.step} steps, loss {self.recent_loss():.4f} "
+            f"{self.method.title}: {len(self.losses)} steps, loss {self.watch.recent_loss():.4f} "
             f"(mean of the last 50), {learned.parameters:,} learned numbers, "
-            f"saved as run '{self.run.name}'{self._held_out_text()}"
+            f"saved as run '{self.watch.run.name}'{self._verdict_text(learned)}"
         )
 
-    def _held_out_text(self) -> str:
+    def _verdict_text(self, learned: Personalization) -> str:
+        assert self.watch is not None
+        if self.watch.evaluator is not None:
+            share, step = self.watch.share, learned.header.step
+            text = f". {self.watch.evaluator.verdict.capitalize()}. Measuring took {share:.0%}"
+            if step != len(self.losses):
+                return f"{text}. What comes out is step {step}"
+            return text
         if not self.over_fitting:
             return ""
         base, tuned = (self.over_fitting[f"held_out_loss{of}"] for of in ("_of_base", ""))
         verdict = "it generalises" if tuned < base else "it over-fits: train less"
         return f". On the pictures held out: loss {tuned:.4f}, the base's {base:.4f}: {verdict}"
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Return the most memory that a GPU has held for tensors since the session began."""
+    return {"peak_memory": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
 
 
 def in_network_scale(data: PersonalData, model: ModelPatcher, denoiser: Denoiser) -> PersonalData:
@@ -266,20 +317,6 @@ def in_network_scale(data: PersonalData, model: ModelPatcher, denoiser: Denoiser
         prior=scaled(data.prior),
         encode=lambda pixels: model.model.process_latent_in(data.encode(pixels)),
     )
-
-
-def widget(spec: dataclasses.Field) -> Any:
-    """Turn a setting into a node input."""
-    options = dict(spec.metadata)
-    help_text, choices = options.pop("help"), options.pop("choices", None)
-    common = {"tooltip": help_text, "default": spec.default, "advanced": options.pop("advanced")}
-    if choices is not None:
-        return io.Combo.Input(spec.name, options=list(choices), **common)
-    if spec.name == "seed":  # else the page draws a new one, and trains anew, at every queueing
-        options["control_after_generate"] = False
-    if isinstance(spec.default, float):
-        options["round"] = False
-    return WIDGETS[type(spec.default)].Input(spec.name, **common, **options)
 
 
 def train_node(method: type[Method]) -> type[TrainNode]:

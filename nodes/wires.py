@@ -9,6 +9,7 @@ from ..trainers.errors import InputError
 
 CATEGORY = "personalize"
 PersonalDataWire = io.Custom("PERSONALIZE_DATA")  # trainers.data.PersonalData
+MonitorWire = io.Custom("PERSONALIZE_MONITOR")  # nodes.monitor.Monitoring
 PersonalizedWire = io.Custom("PERSONALIZED")  # trainers.artifact.Personalization
 
 

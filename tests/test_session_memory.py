@@ -16,6 +16,7 @@ class Screen:
 
     def __init__(self, then):
         self.send_progress_text = lambda text, node_id: then(text)
+        self.send_sync = lambda event, data: None
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def networks(monkeypatch, tmp_path):
 
 def session(model, **settings) -> node.Session:
     method = make(METHODS["lora"], **{"steps": 100, "precision": "fp32"} | settings)
-    return node.Session(method, node.ModelBase(model), tiny_data(), "some", "1")
+    return node.Session(method, node.ModelBase(model), tiny_data(), "some", node.Place("1"))
 
 
 def show(monkeypatch, then=lambda text: None) -> None:
@@ -78,7 +79,7 @@ def test_after_a_training_that_failed_in_its_first_step(networks, loaded_base, m
         broken.method.loss = lambda denoiser, batch: torch.tensor(torch.nan, requires_grad=True)
         broken.train()
     assert_gone(networks)
-    assert broken.run is None
+    assert broken.watch is None
 
 
 def test_after_a_training_that_was_interrupted(networks, loaded_base, monkeypatch, tmp_path):

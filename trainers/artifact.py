@@ -34,6 +34,7 @@ class Header:
     class_prompt: str
     data: str  # fingerprint of the training data
     format: int = FORMAT
+    run: str = ""  # its folder's name, when it was made
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,8 @@ class Step:
     facts: dict[str, float]  # what the method has to tell besides, by name
     # a snapshot of what is learned so far (the EMA, if on)
     learned: Callable[[], Mapping[str, Edit | TimeAware]]
+    # inside, the network is as `learned` keeps it
+    kept: Callable[[], AbstractContextManager[None]]
 
 
 @torch.inference_mode(False)  # gradients on; a decorator, unlike a with-block, ends at each yield
@@ -54,14 +57,21 @@ def train(method: Method, denoiser: Denoiser, data: PersonalData) -> Generator[S
     if settings.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
 
-    def learned() -> Mapping[str, Edit | TimeAware]:
+    @contextmanager
+    def kept() -> Iterator[None]:
         if average is None:
-            return method.learned(denoiser.unet)
+            yield
+            return
         average.store(parameters)
         average.copy_to(parameters)
-        edits = method.learned(denoiser.unet)
-        average.restore(parameters)
-        return edits
+        try:
+            yield
+        finally:
+            average.restore(parameters)
+
+    def learned() -> Mapping[str, Edit | TimeAware]:
+        with kept():
+            return method.learned(denoiser.unet)
 
     for index in range(settings.steps):
         objectives = list(draw_objectives(method, denoiser, data, index))
@@ -75,7 +85,7 @@ def train(method: Method, denoiser: Denoiser, data: PersonalData) -> Generator[S
         schedule.step()
         if average is not None:
             average.step(parameters)
-        yield Step(index + 1, loss, rate, method.facts(), learned)
+        yield Step(index + 1, loss, rate, method.facts(), learned, kept)
 
 
 def adapt(method: Method, unet: UNet2DConditionModel) -> list[nn.Parameter]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ TEMPERATURE = 1000.0  # T of APT's indicator
 SHARE = 0.1  # of a run's work that its evaluations may take
 ROWS_PER_EXAMPLE = 3  # forward passes that a trained example costs: there, back, and a little
 MOST_ROUNDS = 4
+BINNED = ("_bins", "gamma")  # how names of values of every bin end
 LATENTS_AT_ONCE = 4 * 64 * 64  # places in the latents of one forward pass: four SD 1.5 pictures
 
 
@@ -69,8 +70,12 @@ class Evaluation:
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> "Evaluation":
         """Read a line of history.jsonl. Raises KeyError or TypeError for another kind of line."""
-        known = {f.name: line[f.name] for f in fields(cls) if f.name in line}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+        known: dict[str, Any] = {}
+        for name in (f.name for f in fields(cls) if f.name in line):
+            known[name] = line[name]
+            if name.endswith(BINNED) and line[name] is not None:
+                known[name] = tuple(line[name])
+        return cls(**known)
 
 
 class Examination:
@@ -169,11 +174,12 @@ class Probe:
         rows = len(self.batch.latents)
         size = max(1, LATENTS_AT_ONCE // self.batch.latents[0, 0].numel())
         for start in range(0, rows, size):
-            parts = {
-                name: value[start : start + size] if torch.is_tensor(value) else value
+            tensors: dict[str, Any] = {
+                name: value[start : start + size]
                 for name, value in vars(self.batch).items()
+                if torch.is_tensor(value)
             }
-            yield Batch(**parts)
+            yield replace(self.batch, **tensors)
 
 
 def per_bin(values: Tensor) -> Tensor:

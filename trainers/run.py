@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .artifact import Header, Personalization, atomic
 from .errors import InputError
@@ -12,13 +15,14 @@ from .errors import InputError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,79}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
 CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
-LAST = "last"
+LAST, BEST = "last", "best"
+NAMED = (LAST, BEST)  # checkpoints that are not called by their step
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder `<root>/<name>/` with run.json, history.jsonl, last.safetensors and
-    checkpoint-<step>.safetensors files.
+    """A folder `<root>/<name>/` with run.json, history.jsonl, last.safetensors, best.safetensors,
+    checkpoint-<step>.safetensors files, pinned.json and samples/.
     """
 
     folder: Path
@@ -55,17 +59,52 @@ class Run:
         return self.folder.name
 
     def checkpoints(self) -> list[str]:
-        """List what can be loaded: "last" first, then "step N", newest first."""
+        """List what can be loaded: "last" and "best" first, then "step N", newest first."""
         names = (CHECKPOINT.fullmatch(p.stem) for p in self.folder.glob("*.safetensors"))
         steps = sorted((int(name[1]) for name in names if name), reverse=True)
-        last = [LAST] if self.path(LAST).is_file() else []
-        return last + [f"step {step}" for step in steps]
+        named = [name for name in NAMED if self.path(name).is_file()]
+        return named + [f"step {step}" for step in steps]
 
     def save(self, personalization: Personalization, checkpoint: str) -> Path:
         """Write a checkpoint ("last" or "step N") atomically; return its path."""
         path = self.path(checkpoint)
         personalization.save(path)
         return path
+
+    def make_best(self, step: int) -> None:
+        """Let "best" be the checkpoint of a step: the same file where the disk can do that."""
+        source = self.path(f"step {step}")
+        with atomic(self.path(BEST)) as temporary:
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+
+    def remove(self, step: int) -> None:
+        """Delete the checkpoint of a step, if it is there."""
+        self.path(f"step {step}").unlink(missing_ok=True)
+
+    def pin(self, step: int) -> None:
+        """Note that the checkpoint of a step is to stay."""
+        with atomic(self.folder / "pinned.json") as temporary:
+            temporary.write_text(json.dumps(sorted({*self.pinned(), step})), encoding="utf-8")
+
+    def pinned(self) -> list[int]:
+        """List the steps that are to stay; none where the file is missing or damaged."""
+        try:
+            steps = json.loads((self.folder / "pinned.json").read_text(encoding="utf-8"))
+            return [int(step) for step in steps]
+        except (OSError, TypeError, ValueError):
+            return []
+
+    def history(self) -> list[dict[str, Any]]:
+        """Read history.jsonl, without lines that are damaged or not yet whole."""
+        path = self.folder / "history.jsonl"
+        found = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return [line for line in found if isinstance(line, dict)]
 
     def load(self, checkpoint: str) -> Personalization:
         """Read a checkpoint. Raises InputError when it is not there or damaged."""
@@ -76,15 +115,15 @@ class Run:
             )
         return Personalization.load(self.path(checkpoint))
 
-    def log(self, **values: float) -> None:
+    def log(self, **values: Any) -> None:
         """Append one line to history.jsonl."""
         with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def path(self, checkpoint: str) -> Path:
         """Return the file of a checkpoint, there or not."""
-        if checkpoint == LAST:
-            return self.folder / "last.safetensors"
+        if checkpoint in NAMED:
+            return self.folder / f"{checkpoint}.safetensors"
         return self.folder / f"checkpoint-{int(checkpoint.removeprefix('step ')):06d}.safetensors"
 
 

@@ -150,12 +150,17 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            _check(spec, getattr(self, spec.name))
+        check(self)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
         return dataclasses.asdict(self)
+
+
+def check(settings: Any) -> None:
+    """Raise InputError unless every field of a dataclass of knobs is within its limits."""
+    for spec in dataclasses.fields(settings):
+        _check(spec, getattr(settings, spec.name))
 
 
 def _check(spec: dataclasses.Field, value: Any) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import pvariance
 
 from .monitor import Evaluation
+from .settings import check, knob
 
 BESTS = ("held-out", "train", "last")
 RISE = 0.02  # of the held-out loss over its minimum that is called over-fitting
@@ -23,16 +24,25 @@ Evaluations = Sequence[Evaluation]
 
 @dataclass(frozen=True)
 class Rules:
-    """What "best" means, and when to stop.
+    """What "best" means, and when to stop."""
 
-    best: the lowest stable loss on "held-out" or "train"(ing) pictures, or the "last" step; with
-    nothing held out, "held-out" falls back to "last".
-    patience: evaluations without a new best after which the run ends, if `early_stop`.
-    """
+    best: str = knob(
+        BESTS[0],
+        "Which checkpoint is best: that of the lowest loss on held-out pictures, on training "
+        "pictures (which only knows a plateau), or the last. With nothing held out: the last.",
+        choices=BESTS,
+    )
+    early_stop: bool = knob(
+        True,
+        "End the training when 'patience' is used up; where the last checkpoint is best, when the "
+        "loss on the training pictures stays flat.",
+    )
+    patience: int = knob(
+        5, "Evaluations without a new best that are waited for.", min=1, max=10_000
+    )
 
-    best: str = BESTS[0]
-    early_stop: bool = True
-    patience: int = 5
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def watched(evaluations: Evaluations, rules: Rules) -> dict[int, float] | None:

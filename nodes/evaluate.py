@@ -1,0 +1,173 @@
+"""The evaluations of one run: measured, sampled, kept on disk, and judged."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from PIL import Image
+from torch import Tensor
+
+from ..trainers.artifact import Header, Personalization
+from ..trainers.copies import diversity, nearest
+from ..trainers.data import PersonalData
+from ..trainers.denoiser import Denoiser
+from ..trainers.loop import Step
+from ..trainers.monitor import Evaluation, Examination, rounds_for
+from ..trainers.run import BEST, Run
+from ..trainers.settings import Settings
+from ..trainers.verdict import (
+    best_step,
+    patience_left,
+    ranking,
+    should_stop,
+    state,
+    verdict,
+    watched,
+)
+from .load import personalize
+from .monitor import Monitoring
+
+Line = dict[str, Any]  # of history.jsonl
+
+
+@dataclass
+class Evaluator:
+    """Evaluates a run when it is asked to."""
+
+    monitoring: Monitoring
+    denoiser: Denoiser
+    data: PersonalData  # in the network's scale; what it holds out or has of the class is looked at
+    settings: Settings
+    run: Run
+    header: Header
+    model: ModelPatcher | None  # the base, to sample with
+    evaluations: list[Evaluation] = field(default_factory=list)
+    newest: Image.Image | None = None  # sample, until it is shown
+
+    def __post_init__(self) -> None:
+        data, s = self.data, self.settings
+        splits = {"train": data.training, "held_out": data.held_out, "prior": data.prior}
+        per_step = s.batch_size * s.gradient_accumulation
+        rounds = rounds_for(per_step, self.every, sum(map(bool, splits.values())))
+        self.examination = Examination(self.denoiser, splits, rounds)
+
+    @property
+    def every(self) -> int:
+        """Steps between two evaluations."""
+        return self.monitoring.every(self.settings.steps)
+
+    def due(self, step: int) -> bool:
+        """Tell whether a step is to be evaluated."""
+        return step % self.every == 0 or step == self.settings.steps
+
+    @property
+    def done(self) -> bool:
+        """Whether going on is useless."""
+        return should_stop(self.evaluations, self.monitoring.settings)
+
+    @property
+    def best(self) -> int | None:
+        """The best step so far."""
+        return best_step(self.evaluations, self.monitoring.settings)
+
+    @property
+    def verdict(self) -> str:
+        """What there is to say, in plain words."""
+        return verdict(self.evaluations, self.monitoring.settings)
+
+    def of_base(self) -> Line:
+        """Take the base as the run's step 0."""
+        evaluation = self.examination.of_base()
+        self.evaluations.append(evaluation)
+        bins = {
+            f"{name}_bins_of_base": getattr(evaluation, f"{name}_bins")
+            for name in ("train", "held_out", "prior")
+        }
+        return self._line(evaluation, self._sampled(0, self.model)) | bins
+
+    def evaluate(self, step: Step, last: bool) -> Line:
+        """Measure a step, keep its checkpoint if it is good, sample when it is time.
+
+        last: no other evaluation comes after it.
+        """
+        with step.kept():
+            evaluation = self.examination.evaluate(self.denoiser, step.index)
+        self.evaluations.append(evaluation)
+        self._keep(step)
+        turn = (len(self.evaluations) - 1) % self.monitoring.settings.sample_every == 0
+        sampled = self._of_samples(step) if turn or last or self.done else NO_SAMPLES
+        return self._line(evaluation, sampled)
+
+    def restored(self, learned: Personalization) -> Personalization:
+        """Return the best checkpoint, or what is given where that is best or wanted."""
+        wanted = self.monitoring.settings.restore_best and BEST in self.run.checkpoints()
+        return self.run.load(BEST) if wanted and self.best != learned.header.step else learned
+
+    def _line(self, evaluation: Evaluation, sampled: Line) -> Line:
+        rules = self.monitoring.settings
+        return {
+            **evaluation.as_line(),
+            "total_steps": self.settings.steps,
+            **sampled,
+            "best_step": self.best,
+            "verdict": state(self.evaluations),
+            "patience_left": patience_left(self.evaluations, rules),
+        }
+
+    def _keep(self, step: Step) -> None:
+        """Write a checkpoint that is among the best, and delete those that are no longer."""
+        rules = self.monitoring.settings
+        if watched(self.evaluations, rules) is None:
+            return  # the last is the best, and is written anyway
+        wanted = ranking(self.evaluations, rules)[: rules.keep]
+        if step.index in wanted:
+            learned = Personalization.of(self.header, step.learned(), step.index)
+            self.run.save(learned, f"step {step.index}")
+        if wanted[0] == step.index:
+            self.run.make_best(step.index)
+        spared = {*wanted, *self.run.pinned()}
+        for old in (evaluation.step for evaluation in self.evaluations):
+            if old not in spared and not saved(self.settings, old):
+                self.run.remove(old)
+
+    def _of_samples(self, step: Step) -> Line:
+        """Sample what a user would get now."""
+        if self.model is None or not self.monitoring.shown:
+            return NO_SAMPLES
+        learned = Personalization.of(self.header, step.learned(), step.index)
+        return self._sampled(step.index, personalize(self.model, learned, 1.0)[0])
+
+    def _sampled(self, step: int, model: ModelPatcher | None) -> Line:
+        """Sample every prompt, save the pictures, and compare them."""
+        if model is None or not self.monitoring.shown:
+            return NO_SAMPLES
+        groups = self.monitoring.samples(model, self.data.training[0].latent.shape)
+        folder = self.run.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        names = []
+        for number, picture in enumerate(torch.cat(groups)):
+            names.append(f"samples/{step:06d}-{number}.png")
+            image = as_image(picture)
+            image.save(self.run.folder / names[-1])
+            self.newest = image if number == 0 else self.newest
+        channels_first = [group.movedim(-1, 1) for group in groups]
+        pictures = torch.stack([example.pixels for example in self.data.training])
+        return {
+            "samples": names,
+            "nearest": nearest(torch.cat(channels_first), pictures),
+            "diversity": diversity(channels_first),
+        }
+
+
+NO_SAMPLES: Line = {"samples": [], "nearest": None, "diversity": None}
+
+
+def saved(settings: Settings, step: int) -> bool:
+    """Tell whether the user asked for the checkpoint of a step beforehand."""
+    return step > 0 and settings.save_every > 0 and step % settings.save_every == 0
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """Turn (H, W, 3) in [0, 1] into an image, as the stock Save Image does."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).byte().numpy())

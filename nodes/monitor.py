@@ -1,0 +1,338 @@
+"""Personalize Monitor: what a training node measures, shows, keeps and decides while it trains."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..trainers.data import Example, PersonalData
+from ..trainers.errors import InputError
+from ..trainers.method import generator
+from ..trainers.settings import knob
+from ..trainers.verdict import Rules
+from .data import encode_text, fitted, opaque, unpack
+from .widgets import widget
+from .wires import CATEGORY, MonitorWire, at
+
+EVALUATIONS = 20  # of a run, where the user leaves it to us
+PRIOR_PICTURES = 4  # that are sampled of the class, all prompts together
+
+
+@dataclass(frozen=True)
+class MonitorSettings(Rules):
+    """The widgets that are not texts."""
+
+    every: int = knob(
+        0,
+        "Steps between two evaluations. 0: about 20 in a run, which take less than a tenth of the "
+        "time of a long one.",
+        min=0,
+        max=100_000,
+    )
+    restore_best: bool = knob(True, "The training node hands on the best checkpoint, not the last.")
+    leave_one_out: bool = knob(
+        False,
+        "When nothing is held out: keep one picture, chosen by the trainer's seed, out of training "
+        "to measure on. The model never sees it: of four pictures that is a quarter.",
+    )
+    keep: int = knob(
+        1,
+        "How many of the best checkpoints stay on disk, besides the last, pinned ones, and those "
+        "of the trainer's 'save_every'.",
+        min=1,
+        max=1000,
+        advanced=True,
+    )
+    sample_every: int = knob(
+        4,
+        "Evaluations between two samplings; the last one is always sampled.",
+        min=1,
+        max=10_000,
+        advanced=True,
+    )
+    sample_count: int = knob(
+        2,
+        "Pictures of each prompt; from two on, how they differ is measured.",
+        min=1,
+        max=16,
+        advanced=True,
+    )
+    sample_steps: int = knob(20, "Of every sample, as in KSampler.", min=1, max=1000, advanced=True)
+    cfg: float = knob(
+        7.0, "As in KSampler; 4 for the demo base.", min=0.0, max=100.0, step=0.1, advanced=True
+    )
+    sampler_name: str = knob(
+        "euler", "As in KSampler.", choices=tuple(comfy.samplers.KSampler.SAMPLERS), advanced=True
+    )
+    scheduler: str = knob(
+        "normal",
+        "As in KSampler.",
+        choices=tuple(comfy.samplers.KSampler.SCHEDULERS),
+        advanced=True,
+    )
+    sample_seed: int = knob(
+        0,
+        "Noise of the samples, the same at every evaluation.",
+        min=0,
+        max=2**63 - 1,
+        advanced=True,
+    )
+
+
+class Monitor(io.ComfyNode):
+    """Say what a training node shall measure and decide."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        fields = dataclasses.fields(MonitorSettings)
+        plain = [widget(field) for field in fields if not field.metadata["advanced"]]
+        return io.Schema(
+            node_id="PersonalizeMonitor",
+            display_name="Personalize Monitor",
+            category=CATEGORY,
+            description="Watches over a training: measures, at fixed timesteps and noise, how well "
+            "pictures of the subject are known that are not trained on, shows when the model "
+            "over-fits or forgets its class, stops in time and keeps the best checkpoint. "
+            "Measuring never changes what is learned.",
+            search_aliases=["validation", "over-fitting", "early stopping", "best checkpoint"],
+            inputs=[
+                *plain,
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    tooltip="Optional: what to sample while training, one prompt a line (needs "
+                    "'clip' and 'vae'). Sampling takes time: see 'sample_every'.",
+                ),
+                io.String.Input(
+                    "prior_prompts",
+                    default="",
+                    multiline=True,
+                    tooltip="Optional: what the model shall still know, one prompt a line, such as "
+                    "'a photo of a person' (needs 'clip'). The base draws it once, before "
+                    "training. Empty: the prior images of Personal Dataset, if it has any.",
+                ),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="Text encoder of the base, for all prompts."
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="VAE of the base, for the samples."),
+                io.Image.Input(
+                    "held_out",
+                    optional=True,
+                    tooltip="Pictures of the subject to measure on, besides those that Personal "
+                    "Dataset holds out. Don't train on them.",
+                ),
+                io.String.Input(
+                    "held_out_caption",
+                    default="",
+                    advanced=True,
+                    tooltip="What 'held_out' shows (needs 'clip'). Empty: the instance prompt.",
+                ),
+                *(widget(field) for field in fields if field.metadata["advanced"]),
+            ],
+            outputs=[
+                MonitorWire.Output(
+                    "monitor", display_name="monitor", tooltip="For any of the training nodes."
+                )
+            ],
+        )
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def execute(
+        cls,
+        prompts,
+        prior_prompts,
+        held_out_caption="",
+        clip=None,
+        vae=None,
+        held_out=None,
+        **widgets,
+    ) -> io.NodeOutput:
+        with at(cls):
+            texts, prior = lines(prompts), lines(prior_prompts)
+            caption = held_out_caption.strip()
+            if clip is None and (texts or prior or caption):
+                raise InputError("clip", "is not connected, but prompts are given; connect both.")
+            if vae is None and texts:
+                raise InputError("vae", "is not connected, but 'prompts' are given; connect both.")
+            pictures = unpack("held_out", [held_out]) if held_out is not None else []
+            monitoring = Monitoring(
+                settings=MonitorSettings(**widgets),
+                shown=tuple(Prompt.of(clip, text) for text in texts),
+                prior=tuple(Prompt.of(clip, text) for text in prior),
+                nothing=Prompt.of(clip, "") if texts or prior else None,
+                vae=vae,
+                held_out=tuple(opaque(picture) for picture in pictures),
+                held_out_context=encode_text(clip, caption) if caption else None,
+            )
+            return io.NodeOutput(monitoring)
+
+
+def lines(text: str) -> list[str]:
+    """Return the lines that are not empty."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text as the stock sampler wants it, and as training does."""
+
+    text: str
+    conditioning: list[Any]
+    context: Tensor  # (L, D)
+
+    @classmethod
+    def of(cls, clip: Any, text: str) -> "Prompt":
+        """Encode a text."""
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        return cls(text, conditioning, encode_text(clip, text))
+
+
+@dataclass(frozen=True)
+class Monitoring:
+    """What goes over the wire: how to watch a run, and with what."""
+
+    settings: MonitorSettings
+    shown: tuple[Prompt, ...] = ()  # to sample while training
+    prior: tuple[Prompt, ...] = ()  # to measure forgetting on
+    nothing: Prompt | None = None  # the negative prompt of both
+    vae: Any = None
+    held_out: tuple[Tensor, ...] = ()  # (H, W, 3) in [0, 1]
+    held_out_context: Tensor | None = None  # (L, D); None: that of the instance prompt
+
+    def every(self, steps: int) -> int:
+        """Return the steps between two evaluations of a run."""
+        return self.settings.every or max(1, round(steps / EVALUATIONS))
+
+    def prepare(self, data: PersonalData, model: ModelPatcher | None, seed: int) -> "Material":
+        """Say what is trained on and what is measured on; the base draws what it has to.
+
+        model: the base; None when it knows no text. seed: of the run. Raises InputError when what
+        the monitor asks for does not go with the base or the data.
+        """
+        if model is None and (self.shown or self.prior or self.held_out):
+            raise InputError(
+                "monitor",
+                "asks for samples, prior prompts or held-out pictures, which go with a MODEL only; "
+                "use the dataset's 'hold_out', and a monitor without them.",
+            )
+        data = replace(data, held_out=data.held_out + self._held_out(data))
+        if self.settings.leave_one_out and not data.held_out:
+            data = leave_one_out(data, seed)
+        prior = self._drawn_prior(data, model) if model is not None else ()
+        return Material(data, replace(data, prior=prior or data.prior))
+
+    def _held_out(self, data: PersonalData) -> tuple[Example, ...]:
+        """Encode the connected pictures as the dataset's own are."""
+        side = data.training[0].pixels.shape[-1]
+        pixels = [fitted(p, side, "crop").movedim(-1, 0) * 2 - 1 for p in self.held_out]
+        return tuple(
+            Example(p, data.encode(p[None])[0], data.instance_prompt, self._context(data))
+            for p in pixels
+        )
+
+    def _context(self, data: PersonalData) -> Tensor:
+        if self.held_out_context is not None:
+            return self.held_out_context
+        known = {e.caption: e.context for e in (*data.training, *data.held_out)}
+        if data.instance_prompt not in known:
+            raise InputError(
+                "held_out_caption",
+                "is empty, and no training picture has the instance prompt as its caption; say "
+                "what 'held_out' shows, and connect 'clip'.",
+            )
+        return known[data.instance_prompt]
+
+    def _drawn_prior(self, data: PersonalData, base: ModelPatcher) -> tuple[Example, ...]:
+        """Let the base draw what it must not forget, latents as the VAE would give them."""
+        shape, drawn = data.training[0].latent.shape, []
+        for index, prompt in enumerate(self.prior):
+            count = PRIOR_PICTURES // len(self.prior) + (index < PRIOR_PICTURES % len(self.prior))
+            latents = self.sample(base, prompt, shape, max(1, count))
+            drawn += [Example(torch.empty(0), x, prompt.text, prompt.context) for x in latents]
+        return tuple(drawn)
+
+    @torch.no_grad()
+    def sample(
+        self, model: ModelPatcher, prompt: Prompt, shape: Sequence[int], count: int
+    ) -> Tensor:
+        """Return the latents that a stock KSampler with these settings gives, (count, C, h, w).
+
+        Leaves the global random numbers as they are, which some samplers seed.
+        """
+        s, latent = self.settings, torch.zeros(count, *shape)
+        source = torch.Generator().manual_seed(s.sample_seed)
+        noise = comfy.sample.prepare_noise_inner(latent, source)
+        assert self.nothing is not None
+        with untouched_generators():
+            samples = comfy.sample.sample(
+                model,
+                noise,
+                s.sample_steps,
+                s.cfg,
+                s.sampler_name,
+                s.scheduler,
+                prompt.conditioning,
+                self.nothing.conditioning,
+                latent,
+                callback=stop_when_interrupted,
+                disable_pbar=True,
+                seed=s.sample_seed,
+            )
+        return samples.clone().float().cpu()
+
+    def samples(self, model: ModelPatcher, shape: Sequence[int]) -> list[Tensor]:
+        """Return the pictures of every prompt, (count, H, W, 3) in [0, 1] each.
+
+        shape: of a latent. ComfyUI holds none of its models on the device afterwards.
+        """
+        try:
+            latents = [self.sample(model, p, shape, self.settings.sample_count) for p in self.shown]
+            with torch.no_grad():
+                return [self.vae.decode(x).clone().float().cpu()[..., :3] for x in latents]
+        finally:
+            comfy.model_management.unload_all_models()
+            comfy.model_management.soft_empty_cache()
+
+
+class Material(NamedTuple):
+    """The pictures of a run."""
+
+    trained: PersonalData  # held-out pictures included
+    measured: PersonalData  # with prior pictures that are only looked at
+
+
+def leave_one_out(data: PersonalData, seed: int) -> PersonalData:
+    """Move one picture from those trained on to those held out, chosen by the run's seed."""
+    count = len(data.training)
+    if count < 2:
+        raise InputError(
+            "leave_one_out", "is on, but there is only one picture; give more, or switch it off."
+        )
+    left = int(torch.randint(count, (), generator=generator(seed, 3, -1)))
+    kept = tuple(example for i, example in enumerate(data.training) if i != left)
+    return replace(data, training=kept, held_out=(data.training[left],))
+
+
+@contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Give the global random number generators back as they were."""
+    device = comfy.model_management.get_torch_device()
+    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
+        yield
+
+
+def stop_when_interrupted(*_: Any) -> None:
+    """Let the stop button end a sampling, as a sampler's callback."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
