@@ -99,7 +99,10 @@ export class Charts {
             height: 60 * ZOOM,
             legend: { show: false },
             padding: [4 * ZOOM, right, 0, null],
-            scales: { x: { time: false, range: () => [0, Math.max(2, this.#history?.step ?? 0)] }, ...scales },
+            scales: {
+                x: { time: false, range: () => [0, Math.max(2, this.#history?.step ?? 0)] },
+                ...scales,
+            },
             axes: [x, ...axes],
             series: [{}, ...series],
             cursor: {
@@ -124,7 +127,8 @@ export class Charts {
 
     #line(colour, scale, more) {
         const stroke = () => this.#colour(colour)
-        return { scale, stroke, width: 1.75 * ZOOM, points: { show: sparse, size: 4 * ZOOM, fill: stroke }, ...more }
+        const points = { show: sparse, size: 4 * ZOOM, fill: stroke }
+        return { scale, stroke, width: 1.75 * ZOOM, points, ...more }
     }
 
     #axis(side, value, scale = "y", colour = "muted") {
@@ -162,7 +166,8 @@ export class Charts {
         ctx.save()
         lines.forEach((line, i) => {
             const from = i ? (lines[i - 1].step + line.step) / 2 : 0
-            const to = i + 1 < lines.length ? (line.step + lines[i + 1].step) / 2 : this.#history.step
+            const next = lines[i + 1]?.step
+            const to = next === undefined ? this.#history.step : (line.step + next) / 2
             const left = Math.round(plot.valToPos(from, "x", true))
             const right = Math.round(plot.valToPos(Math.max(to, from + 0.5), "x", true))
             for (let bin = 0; bin < BINS; bin++) {
@@ -285,6 +290,7 @@ const STOPS = [
 export function heatColour(value) {
     const place = Math.min(1, Math.max(0, value)) * (STOPS.length - 1)
     const lower = Math.min(STOPS.length - 2, Math.floor(place))
-    const mixed = STOPS[lower].map((c, i) => Math.round(c + (place - lower) * (STOPS[lower + 1][i] - c)))
+    const next = STOPS[lower + 1]
+    const mixed = STOPS[lower].map((c, i) => Math.round(c + (place - lower) * (next[i] - c)))
     return `rgb(${mixed.join(" ")})`
 }

@@ -19,20 +19,19 @@ export class Gallery {
         this.element.append(this.#strip, row)
     }
 
-    // evaluations: of the history; index: the one looked at; address(name): of a sample, or null.
-    draw(evaluations, index, address) {
-        const line = evaluations[index]
+    // evaluations: of the history; index: the one looked at; sampled: the one whose samples are
+    // shown; address(name): of a sample, or null.
+    draw(evaluations, index, sampled, address) {
         this.#slider.max = String(Math.max(0, evaluations.length - 1))
         this.#slider.value = String(index)
         this.#slider.disabled = evaluations.length < 2
-        this.#caption.textContent = line ? `step ${line.step.toLocaleString("en")}` : ""
-        const names = Array.isArray(line?.samples) ? line.samples : []
-        const addresses = names.map(address).filter(Boolean)
+        this.#caption.textContent = said(evaluations[index].step)
+        const addresses = sampled.samples.map(address).filter(Boolean)
         const key = addresses.join("\n")
         if (key === this.#shown) return
         this.#shown = key
         this.#strip.replaceChildren(
-            ...addresses.map((source, i) => this.#thumbnail(source, i, addresses, line.step)),
+            ...addresses.map((source, i) => this.#thumbnail(source, i, addresses, sampled.step)),
         )
     }
 
@@ -41,8 +40,9 @@ export class Gallery {
     }
 
     #thumbnail(source, index, addresses, step) {
-        const label = `Sample ${index + 1} of ${addresses.length} at step ${step.toLocaleString("en")}`
-        const button = element("button", "thumbnail", { type: "button", title: `${label}: show it large` })
+        const label = `Sample ${index + 1} of ${addresses.length} at ${said(step)}`
+        const title = `${label}: show it large`
+        const button = element("button", "thumbnail", { type: "button", title })
         const image = element("img", "", { src: source, alt: label, draggable: false })
         image.addEventListener("error", () => button.classList.add("missing"))
         button.append(image)
@@ -59,7 +59,7 @@ export class Gallery {
         const turn = (by) => {
             index = (index + by + addresses.length) % addresses.length
             image.src = addresses[index]
-            image.alt = `Sample ${index + 1} of ${addresses.length} at step ${step.toLocaleString("en")}`
+            image.alt = `Sample ${index + 1} of ${addresses.length} at ${said(step)}`
             caption.textContent = image.alt
         }
         turn(0)
@@ -78,4 +78,8 @@ export class Gallery {
         this.#large = dialog
         dialog.showModal()
     }
+}
+
+function said(step) {
+    return `step ${step.toLocaleString("en")}`
 }

@@ -75,10 +75,14 @@ export class History {
         return isCount(step) ? step : null
     }
 
+    get isTraining() {
+        return Boolean(this.facts.running) && !this.end
+    }
+
     // What the run is at, in one word or two.
     get state() {
         if (this.end) return REASONS[this.end.reason] ?? "ended"
-        if (this.facts.running) return "training"
+        if (this.isTraining) return "training"
         return this.isEmpty ? "no history" : "broken off" // the server ended with the training
     }
 
@@ -111,6 +115,12 @@ export class History {
         return best
     }
 
+    // The evaluation whose samples there are to see at an index: that, or the newest before it.
+    sampled(index) {
+        const upTo = this.evaluations.slice(0, index + 1)
+        return upTo.findLast(hasSamples) ?? this.evaluations.find(hasSamples) ?? null
+    }
+
     // Seconds per step so far, as the evaluations tell; null before the second one.
     get pace() {
         const timed = this.evaluations.filter((line) => isNumber(line.seconds))
@@ -123,9 +133,10 @@ export class History {
 // Numbers in a few digits: 0.1234, 12.3, 1,234.
 export function figure(value) {
     if (!isNumber(value)) return "–"
-    const digits = Math.abs(value) >= 100 ? 0 : Math.abs(value) >= 10 ? 1 : 4
     if (value !== 0 && Math.abs(value) < 0.001) return value.toExponential(1)
-    return value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: Math.min(digits, 3) })
+    const digits = Math.abs(value) >= 100 ? 0 : Math.abs(value) >= 10 ? 1 : 4
+    const shown = { maximumFractionDigits: digits, minimumFractionDigits: Math.min(digits, 3) }
+    return value.toLocaleString("en", shown)
 }
 
 export function percent(value) {
@@ -143,6 +154,10 @@ export function duration(seconds) {
 
 export function isNumber(value) {
     return typeof value === "number" && Number.isFinite(value)
+}
+
+function hasSamples(line) {
+    return Array.isArray(line.samples) && line.samples.length > 0
 }
 
 function isCount(value) {

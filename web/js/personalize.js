@@ -147,7 +147,7 @@ class Monitor {
     // From the steps of the last half minute; before that, from the evaluations.
     #secondsLeft() {
         const history = this.#history
-        if (!history.facts.running || history.end) return null
+        if (!history.isTraining) return null
         const now = performance.now() / 1000
         this.#pace = [...this.#pace.filter(([time]) => time > now - 30), [now, history.step]]
         const [[time, step]] = this.#pace
@@ -208,7 +208,8 @@ function findNode(id) {
 function isAbout(shown, node) {
     if (node.properties[PROPERTY] === shown.run) return true
     const name = node.widgets?.find((widget) => widget.name === "name")?.value
-    const isLinked = node.inputs?.some((input) => input.widget?.name === "name" && input.link !== null)
+    const inputs = node.inputs ?? []
+    const isLinked = inputs.some((input) => input.widget?.name === "name" && input.link !== null)
     if (!isLinked && typeof name === "string" && !isNumbered(shown.run, name)) return false
     if (shown.workflow === undefined || shown.workflow === rootGraph().id) return true
     const others = app.extensionManager?.workflow?.openWorkflows ?? []
@@ -259,9 +260,9 @@ function install(node) {
     after("onAdded", () => monitor.open())
     after("onRemoved", () => monitor.close())
     after("onConfigure", (info) => {
-        // a copy has not been trained
-        if (info.id === undefined || info.id === null || info.id === -1) delete node.properties[PROPERTY]
-        else monitor.show(node.properties[PROPERTY] ?? null)
+        const isCopy = info.id === undefined || info.id === null || Number(info.id) === -1
+        if (isCopy) delete node.properties[PROPERTY] // it has not been trained
+        monitor.show(node.properties[PROPERTY] ?? null)
     })
 }
 
@@ -283,9 +284,10 @@ app.registerExtension({
             latest.set(`${detail.workflow} ${detail.node}`, detail)
             attribute(detail)?.poke()
         })
-        api.addEventListener("reconnected", () => monitors.forEach((monitor) => monitor.poke()))
-        const redraw = () => requestAnimationFrame(() => monitors.forEach((monitor) => monitor.redraw()))
-        const themes = new MutationObserver(redraw)
+        const each = (act) => monitors.forEach(act)
+        api.addEventListener("reconnected", () => each((monitor) => monitor.poke()))
+        const redraw = () => each((monitor) => monitor.redraw())
+        const themes = new MutationObserver(() => requestAnimationFrame(redraw))
         themes.observe(document.body, { attributeFilter: ["class"] })
         themes.observe(document.documentElement, { attributeFilter: ["style", "class"] })
     },

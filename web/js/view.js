@@ -17,7 +17,8 @@ const COLOURS = {
     text: "--pm-text",
     muted: "--pm-muted",
 }
-const [IDLE_HEIGHT, PLAIN_HEIGHT, FULL_HEIGHT, SAMPLES_HEIGHT, BUTTONS_HEIGHT] = [26, 176, 344, 94, 30] // px
+const HEIGHTS = { idle: 26, plain: 176, full: 344, samples: 94, buttons: 30 } // px
+const STOP = "End after this step; keep the best checkpoint and the last, and go on with the graph."
 
 export class View {
     #actions
@@ -45,10 +46,11 @@ export class View {
         this.gallery = new Gallery((index) => this.#pick(index))
         this.#parts.gallery = this.gallery.element
         const buttons = part("buttons")
-        const stop = "End after this step; keep the best checkpoint and the last, and go on with the graph."
+        const button = (name, textContent, title) =>
+            part(name, "button", { type: "button", textContent, title })
         buttons.append(
-            part("stop", "button", { type: "button", textContent: "Stop and keep", title: stop }),
-            part("pin", "button", { type: "button", textContent: "Pin this checkpoint" }),
+            button("stop", "Stop and keep", STOP),
+            button("pin", "Pin this checkpoint", ""),
             part("message", "span"),
         )
         this.#parts.message.setAttribute("role", "status")
@@ -66,7 +68,8 @@ export class View {
             this.gallery.element,
             buttons,
         )
-        for (const name of ["readLosses", "readDrift", "readGamma", "readSamples"]) this.#parts[name].classList.add("read")
+        for (const name of ["readLosses", "readDrift", "readGamma", "readSamples"])
+            this.#parts[name].classList.add("read")
         for (const name of ["losses", "drift", "gamma"]) this.#parts[name].classList.add("plot")
         this.#parts.stop.addEventListener("click", () => this.#ask("stop"))
         this.#parts.pin.addEventListener("click", () => this.#ask("pin"))
@@ -76,13 +79,10 @@ export class View {
     // Pixels that the content needs at least; more goes to the losses.
     get height() {
         const history = this.#history
-        if (!history || history.isEmpty) return IDLE_HEIGHT
-        const samples = history.evaluations.some((line) => line.samples?.length)
-        return (
-            (history.evaluations.length ? FULL_HEIGHT : PLAIN_HEIGHT) +
-            (samples ? SAMPLES_HEIGHT : 0) +
-            (history.facts.running ? BUTTONS_HEIGHT : 0)
-        )
+        if (!history || history.isEmpty) return HEIGHTS.idle
+        const charts = history.evaluations.length ? HEIGHTS.full : HEIGHTS.plain
+        const samples = history.sampled(0) ? HEIGHTS.samples : 0
+        return charts + samples + (history.isTraining ? HEIGHTS.buttons : 0)
     }
 
     // Show that there is nothing to show, and why.
@@ -179,12 +179,12 @@ export class View {
         if (!has) return
         this.#head()
         if (!this.element.clientWidth) return // out of sight: drawn when its size changes
-        const samples = history.evaluations.some((line) => line.samples?.length)
-        this.#parts.gallery.hidden = this.#parts.readSamples.hidden = !samples
-        this.#parts.buttons.hidden = !history.facts.running
-        if (samples) {
+        const sampled = history.sampled(this.#index)
+        this.#parts.gallery.hidden = this.#parts.readSamples.hidden = !sampled
+        this.#parts.buttons.hidden = !history.isTraining
+        if (sampled) {
             const address = (name) => this.#actions.sample(this.#run, name, history.facts.created)
-            this.gallery.draw(history.evaluations, this.#index, address)
+            this.gallery.draw(history.evaluations, this.#index, sampled, address)
         }
         this.#parts.pin.title =
             this.#picked === null
@@ -204,7 +204,7 @@ export class View {
         const [step, total] = [history.step, history.totalSteps].map((n) => n.toLocaleString("en"))
         const left = this.#secondsLeft
         progress.textContent =
-            state.dataset.state === "training"
+            history.isTraining
                 ? `${step} / ${total}${left === null ? "" : ` · ${duration(left)} left`}`
                 : `${step} steps`
         verdict.textContent = verdict.title = this.#verdict()
@@ -215,8 +215,9 @@ export class View {
         const newest = history.newest
         if (!newest) return "Connect a Monitor for held-out loss, drift, samples."
         const words = [newest.verdict]
-        if (history.bestStep !== null) words.push(`best at ${history.bestStep.toLocaleString("en")}`)
-        if (history.state === "training" && isNumber(newest.patience_left))
+        const best = history.bestStep
+        if (best !== null) words.push(`best at ${best.toLocaleString("en")}`)
+        if (history.isTraining && isNumber(newest.patience_left))
             words.push(`patience ${newest.patience_left}`)
         return words.filter(Boolean).join(" · ")
     }
@@ -238,19 +239,26 @@ export class View {
         if (!line) return
         write(this.#parts.readDrift, [
             ["prior", "prior drift", line.prior_drift, percent],
-            ["corruption", "corruption", line.corruption, (value) => value.toFixed(2)],
+            ["corruption", "corruption", line.corruption, two],
         ])
         const gamma = Array.isArray(line.gamma) ? line.gamma.filter(isNumber) : []
         const mean = gamma.reduce((a, b) => a + b, 0) / gamma.length
-        const at = bin === null ? "on average" : `at t ${(100 * bin) / BINS}–${(100 * (bin + 1)) / BINS} %`
+        const [from, to] = [(100 * bin) / BINS, (100 * (bin + 1)) / BINS]
+        const at = bin === null ? "on average" : `at t ${from}–${to} %`
         write(this.#parts.readGamma, [
-            ["heat", `over-fitting γ ${at}`, bin === null ? mean : line.gamma?.[bin], (value) => value.toFixed(2)],
+            ["heat", `over-fitting γ ${at}`, bin === null ? mean : line.gamma?.[bin], two],
         ])
+        const sampled = history.sampled(history.evaluations.indexOf(line))
         write(this.#parts.readSamples, [
-            ["", "likeness to a training picture", line.nearest, (value) => value.toFixed(2)],
-            ["", "diversity", line.diversity, (value) => value.toFixed(2)],
+            ["", "samples of step", sampled?.step, (value) => value.toLocaleString("en")],
+            ["", "likest original", sampled?.nearest, two],
+            ["", "diversity", sampled?.diversity, two],
         ])
     }
+}
+
+function two(value) {
+    return value.toFixed(2)
 }
 
 // Write [colour, label, value, how to say it] entries, each with a dash of its line's colour; a
