@@ -11,6 +11,7 @@ from .load import Apply, Load
 from .monitor import Monitor
 from .routes import register
 from .train import train_node
+from .unconditional import NODES as UNCONDITIONAL
 
 
 class PersonalizeExtension(ComfyExtension):
@@ -21,4 +22,5 @@ class PersonalizeExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         training = [train_node(method) for method in METHODS.values()]
-        return [Folder, Dataset, Monitor, *training, Apply, Load, Combine, DemoBase, DemoSubject]
+        using = [Apply, Load, Combine, *UNCONDITIONAL]
+        return [Folder, Dataset, Monitor, *training, *using, DemoBase, DemoSubject]

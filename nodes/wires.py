@@ -9,6 +9,8 @@ from ..trainers.errors import InputError
 
 CATEGORY = "personalize"
 PersonalDataWire = io.Custom("PERSONALIZE_DATA")  # trainers.data.PersonalData
+PixelDataWire = io.Custom("PERSONALIZE_PIXEL_DATA")  # the same, of pixels without text
+UnconditionalWire = io.Custom("PERSONALIZE_UNCONDITIONAL")  # trainers.unconditional.Unconditional
 MonitorWire = io.Custom("PERSONALIZE_MONITOR")  # nodes.monitor.Monitoring
 PersonalizedWire = io.Custom("PERSONALIZED")  # trainers.artifact.Personalization
 
