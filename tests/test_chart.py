@@ -3,14 +3,16 @@
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 
-from headless import ComfyServer
-from tests.browser import ComfyPage, open_page
+from headless import Comfy, ComfyServer, Graph, fill_defaults
+from headless.server import free_port
+from tests.browser import READY, ComfyPage, open_page
 
 STEPS, EVERY = 400, 20
 WAIT = 60_000  # ms: on a busy machine the page is slow
@@ -185,6 +187,15 @@ def write_sample(path: Path, text: str, index: int) -> None:
     image.save(path)
 
 
+def wait_for_samples(page: ComfyPage, step: int, count: int = 3) -> None:
+    """Wait until the thumbnails are those of a step, all loaded."""
+    names = [f"{step:06d}-{i}.png" for i in range(count)]
+    images = "[...document.querySelectorAll('.personalize-monitor .thumbnail img')]"
+    shown = f"{images}.map(image => new URL(image.src).pathname.split('/').at(-1)).join()"
+    loaded = f"{images}.every(image => image.complete && image.naturalWidth > 0)"
+    page.wait(f"{shown} === '{','.join(names)}' && {loaded}")
+
+
 # A run that has ended
 
 
@@ -254,29 +265,17 @@ def test_the_slider_and_a_click_into_the_chart_show_the_samples_of_that_step(fre
     node = add(fresh, "ended")
     wait_for(fresh, node, "stopped early")
     look_at(fresh, node)
-    assert samples(fresh) == [f"000400-{i}.png" for i in range(3)]
+    wait_for_samples(fresh, 400)
     fresh.page.locator(".personalize-monitor .slider").fill("5")
-    assert samples(fresh) == [f"000100-{i}.png" for i in range(3)]
+    wait_for_samples(fresh, 100)
     assert text(fresh, node, "caption") == "step 100"
     hover(fresh, "losses", 200, click=True)
-    assert samples(fresh) == [f"000200-{i}.png" for i in range(3)]
+    wait_for_samples(fresh, 200)
     fresh.page.mouse.move(1500, 500)
     assert text(fresh, node, "at") == "step 200"
     tell(fresh, node, "ended")  # a reading does not take it away
     fresh.page.wait_for_timeout(1000)
-    assert samples(fresh) == [f"000200-{i}.png" for i in range(3)]
-
-
-def samples(page: ComfyPage) -> list[str]:
-    """Return the file names of the thumbnails, once all are loaded."""
-    page.wait(
-        "[...document.querySelectorAll('.personalize-monitor .thumbnail img')]"
-        ".every(image => image.complete && image.naturalWidth === 96)"
-    )
-    return page.run(
-        """() => [...document.querySelectorAll(".personalize-monitor .thumbnail img")].map(
-            image => new URL(image.src).pathname.split("/").at(-1))"""
-    )
+    wait_for_samples(fresh, 200)
 
 
 def test_a_thumbnail_opens_at_full_size_and_closes_again(fresh, runs):
@@ -475,7 +474,7 @@ def test_hostile_texts_are_shown_as_text(fresh, runs):
     node = add(fresh, "hostile")
     wait_for(fresh, node, "<img")
     look_at(fresh, node)
-    assert samples(fresh) == ["000040-0.png"]
+    wait_for_samples(fresh, 40, count=1)
     other = add(fresh, HOSTILE, at=600)
     wait_for(fresh, other, "not there any more")
     assert HOSTILE in text(fresh, other)
@@ -502,3 +501,149 @@ def test_nodes_may_be_collapsed_removed_and_brought_back(fresh, runs):
     )
     look_at(fresh, node)
     assert painted(fresh, node, "losses", "held") > 100
+
+
+# While it trains
+
+
+def watched_training(steps: int, name: str, monitored: bool = True) -> Graph:
+    """Return a graph that trains the demo base on small pictures; the node is "train"."""
+    graph = Graph()
+    base = graph.add("PersonalizeDemoBase")
+    drawn = graph.add("PersonalizeDemoSubject", count=3, resolution=64)
+    wires = {"clip": (base, 1), "vae": (base, 2), "images": (drawn, 0), "captions": (drawn, 1)}
+    data = graph.add("PersonalizeDataset", resolution=64, hold_out=1, **wires)
+    inputs = {"name": name, "steps": steps, "model": (base, 0), "data": (data, 0)}
+    if monitored:
+        how = {"every": 5, "early_stop": False, "sample_steps": 2, "sample_every": 2, "keep": 2}
+        wires = {"clip": (base, 1), "vae": (base, 2)}
+        monitor = graph.add("PersonalizeMonitor", prompts="a zib totem", **how, **wires)
+        inputs["monitor"] = (monitor, 0)
+    graph.add("PersonalizeTrainLoRA", **inputs)
+    return graph
+
+
+def start(page: ComfyPage, comfy: Comfy, graph: Graph) -> str:
+    """Open a prompt as a graph, run it, and return the training node's id."""
+    whole = fill_defaults(graph, comfy.object_info())
+    page.run("async graph => { await app.loadApiJson(graph, 'a training') }", whole)
+    page.queue()
+    (node,) = (str(n["id"]) for n in page.nodes() if n["type"] == "PersonalizeTrainLoRA")
+    wait_for(page, node, "training")
+    return node
+
+
+def step_of(page: ComfyPage, node: str) -> int:
+    """Return the step that a node says it is at."""
+    return int(text(page, node, "progress").split()[0].replace(",", ""))
+
+
+def wait_for_more(page: ComfyPage, node: str, than: int) -> None:
+    progress = f"{ELEMENT.format(node)}.querySelector('.progress').textContent"
+    page.wait(f"parseInt({progress}.replace(',', '')) > {than}", seconds=120)
+
+
+def reload(page: ComfyPage) -> None:
+    """Load the page again, as F5 does."""
+    page.page.reload(wait_until="domcontentloaded")
+    page.wait(READY, seconds=90)
+    page.wait("app.graph._nodes.some(node => node.type === 'PersonalizeTrainLoRA')")
+
+
+def test_a_training_is_watched_reloaded_pinned_and_stopped(browser, server, comfy, runs):
+    with open_page(browser, server.url) as page:
+        node = start(page, comfy, watched_training(5000, "watched"))
+        folder = runs / "watched"
+        prompt = comfy.get("/queue")["queue_running"][0][1]
+
+        # it grows by itself
+        first = step_of(page, node)
+        wait_for_more(page, node, first + 5)
+        assert "LoRA · watched" in text(page, node, "run")
+        wait_for(page, node, "held out")
+
+        # a reload in the middle of the run
+        reload(page)
+        wait_for(page, node, "training")
+        wait_for_more(page, node, first + 10)
+
+        # a second page, which has the same graph open
+        graph = page.run("() => app.graph.serialize()")
+        with open_page(browser, server.url) as second:
+            second.load(graph)
+            wait_for(second, node, "training")
+            wait_for_more(second, node, step_of(second, node))
+            assert not second.errors and not second.external
+
+        # the slider shows the sample of its step
+        look_at(page, node)
+        page.page.locator(".personalize-monitor .slider").fill("0")
+        wait_for_samples(page, 0, count=2)
+        page.page.locator(".personalize-monitor .slider").fill("2")
+        wait_for_samples(page, 10, count=2)
+
+        # pin: of the newest step
+        page.page.locator(".personalize-monitor .slider").press("End")
+        page.page.get_by_role("button", name="Pin this checkpoint").click()
+        wait_for(page, node, "will be kept")
+        (pinned,) = wait_for_file(folder / "pinned.json")
+        assert (folder / f"checkpoint-{pinned:06d}.safetensors").is_file()
+
+        # stop and keep: the graph goes on, and ends well
+        page.page.get_by_role("button", name="Stop and keep").click()
+        wait_for(page, node, "stopped")
+        page.wait("!document.querySelector('.personalize-monitor .stop')?.checkVisibility()")
+        comfy.wait(prompt)  # raises when it failed
+        lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+        assert lines[-1]["reason"] == "stopped by hand" and lines[-1]["step"] < 5000
+        assert (folder / "last.safetensors").is_file() and (folder / "best.safetensors").is_file()
+        assert (folder / f"checkpoint-{pinned:06d}.safetensors").is_file()
+
+        # and stays after a reload
+        reload(page)
+        wait_for(page, node, "stopped")
+        assert step_of(page, node) == lines[-1]["step"]
+        assert not page.errors and not page.external
+
+
+def wait_for_file(path: Path) -> list:
+    """Return what a JSON file holds, once it is there."""
+    deadline = time.monotonic() + 60
+    while not path.is_file():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.1)
+    return json.loads(path.read_text())
+
+
+def test_without_a_monitor_a_training_shows_loss_and_progress_live(fresh, comfy, runs):
+    node = start(fresh, comfy, watched_training(60, "bare", monitored=False))
+    wait_for_more(fresh, node, 2)
+    assert "/ 60" in text(fresh, node, "progress")
+    wait_for(fresh, node, "finished")
+    look_at(fresh, node)
+    assert text(fresh, node, "progress") == "60 steps"
+    assert painted(fresh, node, "losses", "loss") > 50
+
+
+def test_a_server_that_ends_in_the_middle_leaves_its_chart_behind(
+    browser, tmp_path, monkeypatch, object_info
+):
+    """The page stays open; the server comes back at the same address without the training."""
+    port = free_port()
+    monkeypatch.setattr("headless.server.free_port", lambda: port)
+    how = {"base": tmp_path, "cpu": True, "env": {"OMP_NUM_THREADS": "1"}}
+    with (
+        ComfyServer(**how) as server,
+        Comfy(server.url, timeout=300) as comfy,
+        open_page(browser, server.url) as page,
+    ):
+        node = start(page, comfy, watched_training(5000, "cut"))
+        wait_for_more(page, node, 6)
+        server.stop()
+        with ComfyServer(**how):
+            wait_for(page, node, "broken off")
+            assert step_of(page, node) > 6
+            assert page.page.locator(".personalize-monitor .buttons").is_hidden()
+            reload(page)
+            wait_for(page, node, "broken off")
+            assert not page.external

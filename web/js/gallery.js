@@ -30,20 +30,22 @@ export class Gallery {
         const key = addresses.join("\n")
         if (key === this.#shown) return
         this.#shown = key
-        this.#strip.replaceChildren(
-            ...addresses.map((source, i) => this.#thumbnail(source, i, addresses, sampled.step)),
-        )
+        const made = addresses.map((_, i) => this.#thumbnail(addresses, i, sampled.step))
+        // the old ones stay until the new ones can be seen
+        Promise.allSettled(made.map((button) => button.firstChild.decode())).then(() => {
+            if (key === this.#shown) this.#strip.replaceChildren(...made)
+        })
     }
 
     close() {
         this.#large?.close()
     }
 
-    #thumbnail(source, index, addresses, step) {
+    #thumbnail(addresses, index, step) {
         const label = `Sample ${index + 1} of ${addresses.length} at ${said(step)}`
         const title = `${label}: show it large`
         const button = element("button", "thumbnail", { type: "button", title })
-        const image = element("img", "", { src: source, alt: label, draggable: false })
+        const image = element("img", "", { src: addresses[index], alt: label, draggable: false })
         image.addEventListener("error", () => button.classList.add("missing"))
         button.append(image)
         button.addEventListener("click", () => this.#enlarge(addresses, index, step))

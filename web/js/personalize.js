@@ -158,12 +158,12 @@ class Monitor {
 
     async #stop() {
         await client.ask(this.#run, "stop")
-        this.#view.say("Ends after this step …")
+        this.#view.say("It ends after this step; the graph goes on.")
     }
 
     async #pin(step) {
         await client.ask(this.#run, "pin", step === null ? {} : { step })
-        this.#view.say(step === null ? "The next step is kept." : `Step ${step} is kept.`)
+        this.#view.say(step === null ? "The next step will be kept." : `Step ${step} will be kept.`)
         this.poke()
     }
 

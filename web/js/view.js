@@ -17,7 +17,8 @@ const COLOURS = {
     text: "--pm-text",
     muted: "--pm-muted",
 }
-const HEIGHTS = { idle: 26, plain: 176, full: 344, samples: 94, buttons: 30 } // px
+const HEIGHTS = { idle: 26, plain: 176, full: 344, samples: 94, buttons: 29, message: 19 } // px
+const PATIENCE = "Patience: evaluations without a new best, after which the training ends."
 const STOP = "End after this step; keep the best checkpoint and the last, and go on with the graph."
 
 export class View {
@@ -29,6 +30,7 @@ export class View {
     #run = null
     #history = null
     #secondsLeft = null
+    #message = ""
     #observer = new ResizeObserver(() => this.#draw())
 
     // actions: {stop(), pin(step or null), sample(run, name, created), resized()}
@@ -51,9 +53,8 @@ export class View {
         buttons.append(
             button("stop", "Stop and keep", STOP),
             button("pin", "Pin this checkpoint", ""),
-            part("message", "span"),
         )
-        this.#parts.message.setAttribute("role", "status")
+        part("message").setAttribute("role", "status")
         this.element.append(
             part("idle"),
             head,
@@ -67,6 +68,7 @@ export class View {
             part("readSamples"),
             this.gallery.element,
             buttons,
+            this.#parts.message,
         )
         for (const name of ["readLosses", "readDrift", "readGamma", "readSamples"])
             this.#parts[name].classList.add("read")
@@ -82,7 +84,8 @@ export class View {
         if (!history || history.isEmpty) return HEIGHTS.idle
         const charts = history.evaluations.length ? HEIGHTS.full : HEIGHTS.plain
         const samples = history.sampled(0) ? HEIGHTS.samples : 0
-        return charts + samples + (history.isTraining ? HEIGHTS.buttons : 0)
+        const buttons = history.isTraining ? HEIGHTS.buttons : 0
+        return charts + samples + buttons + (this.#message ? HEIGHTS.message : 0)
     }
 
     // Show that there is nothing to show, and why.
@@ -94,10 +97,8 @@ export class View {
 
     // Show a run; secondsLeft: until the last step, or null where nobody knows.
     show(run, history, secondsLeft) {
-        if (run !== this.#run) {
-            this.#picked = null
-            this.say("")
-        }
+        if (run !== this.#run) this.#picked = null
+        if (run !== this.#run || !history.isTraining) this.#message = ""
         this.#run = run
         this.#history = history
         this.#secondsLeft = secondsLeft
@@ -105,9 +106,10 @@ export class View {
         this.#draw()
     }
 
-    // A sentence beside the buttons.
+    // Say how a wish went, below the buttons.
     say(text) {
-        this.#parts.message.textContent = this.#parts.message.title = text
+        this.#message = text
+        this.#draw()
     }
 
     // Draw again, because the theme changed.
@@ -182,6 +184,8 @@ export class View {
         const sampled = history.sampled(this.#index)
         this.#parts.gallery.hidden = this.#parts.readSamples.hidden = !sampled
         this.#parts.buttons.hidden = !history.isTraining
+        this.#parts.message.hidden = !this.#message
+        this.#parts.message.textContent = this.#parts.message.title = this.#message
         if (sampled) {
             const address = (name) => this.#actions.sample(this.#run, name, history.facts.created)
             this.gallery.draw(history.evaluations, this.#index, sampled, address)
@@ -207,7 +211,8 @@ export class View {
             history.isTraining
                 ? `${step} / ${total}${left === null ? "" : ` · ${duration(left)} left`}`
                 : `${step} steps`
-        verdict.textContent = verdict.title = this.#verdict()
+        verdict.textContent = this.#verdict()
+        verdict.title = `${verdict.textContent}. ${PATIENCE}`
     }
 
     #verdict() {
@@ -250,7 +255,7 @@ export class View {
         ])
         const sampled = history.sampled(history.evaluations.indexOf(line))
         write(this.#parts.readSamples, [
-            ["", "samples of step", sampled?.step, (value) => value.toLocaleString("en")],
+            sampled !== line && ["", "of step", sampled?.step, (n) => n.toLocaleString("en")],
             ["", "likest original", sampled?.nearest, two],
             ["", "diversity", sampled?.diversity, two],
         ])
@@ -264,7 +269,7 @@ function two(value) {
 // Write [colour, label, value, how to say it] entries, each with a dash of its line's colour; a
 // value that is no number is left out.
 function write(place, entries) {
-    const known = entries.filter(([, , value, say]) => !say || isNumber(value))
+    const known = entries.filter(Boolean).filter(([, , value, say]) => !say || isNumber(value))
     place.replaceChildren(
         ...known.map(([colour, label, value, say]) => {
             const entry = element("span", "entry")
