@@ -1,6 +1,6 @@
 """The evaluations of one run: measured, sampled, kept on disk, and judged."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..trainers.monitor import Evaluation, Examination, rounds_for
 from ..trainers.run import BEST, Run
 from ..trainers.settings import Settings
 from ..trainers.verdict import (
+    Rules,
     best_step,
     patience_left,
     ranking,
@@ -84,7 +85,8 @@ class Evaluator:
             f"{name}_bins_of_base": getattr(evaluation, f"{name}_bins")
             for name in ("train", "held_out", "prior")
         }
-        return self._line(evaluation, self._sampled(0, self.model)) | bins
+        rules = {f.name: getattr(self.monitoring.settings, f.name) for f in fields(Rules)}
+        return self._line(evaluation, self._sampled(0, self.model)) | bins | {"rules": rules}
 
     def evaluate(self, step: Step, last: bool) -> Line:
         """Measure a step, keep its checkpoint if it is good, sample when it is time.

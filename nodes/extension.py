@@ -9,6 +9,7 @@ from .demo import DemoBase, DemoSubject
 from .folder import Folder
 from .load import Apply, Load
 from .monitor import Monitor
+from .report import Report
 from .routes import register
 from .train import train_node
 from .unconditional import NODES as UNCONDITIONAL
@@ -22,5 +23,5 @@ class PersonalizeExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         training = [train_node(method) for method in METHODS.values()]
-        using = [Apply, Load, Combine, *UNCONDITIONAL]
+        using = [Report, Apply, Load, Combine, *UNCONDITIONAL]
         return [Folder, Dataset, Monitor, *training, *using, DemoBase, DemoSubject]

@@ -97,6 +97,14 @@ class Run:
         except (OSError, TypeError, ValueError):
             return []
 
+    def facts(self) -> dict[str, Any]:
+        """Read run.json; {} where it is missing or damaged."""
+        try:
+            facts = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
     def history(self) -> list[dict[str, Any]]:
         """Read history.jsonl, without lines that are damaged or not yet whole."""
         path = self.folder / "history.jsonl"
