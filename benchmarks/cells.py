@@ -53,7 +53,7 @@ TRAIN = "train"  # the training node's title
 class Plan:
     """What all cells of a table share."""
 
-    steps: int = 400
+    steps: int = 200
     batch_size: int = 2
     pictures: int = 5  # to train on
     held_out: int = 4  # kept out of training; on other backgrounds than those

@@ -31,6 +31,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -310,7 +311,7 @@ def sheet(rows: Mapping[str, Tensor], training: Tensor, heads: Sequence[str]) ->
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     for number, (title, pictures) in enumerate({"training": training, **rows}.items()):
         top = number * step + (30 if number else 0)
-        draw.text((GAP, top + SIDE // 2), title.replace("-", "\n"), INK, font, anchor="lm")
+        draw.text((GAP, top + SIDE // 2), textwrap.fill(title, 15), INK, font, anchor="lm")
         for column, picture in enumerate(pictures):
             page.paste(as_image(picture), (LEFT + column * step, top))
     for column, head in enumerate(heads):
