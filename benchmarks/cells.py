@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from headless import Comfy, Graph, fill_defaults
 from headless.client import Result
 
 from .configurations import Configuration
-from .servers import Meter, Worker, peak_memory, reset_peak_memory
+from .servers import Meter, Worker, peak_memory, reset_peak_memory, workers
 
 FORMAT = 1  # of a folder and what is measured: raise it, and every cell is made anew
 SIDE = 128  # pixels
@@ -46,6 +46,7 @@ OTHER_PROMPTS = (
     "a small checkered purple ring at the top on a grey background",
 )
 NOISE, REFERENCE_NOISES = 0, (1000, 1001, 1002)  # seeds: of every cell; the base's others
+MEMORY_STEPS = 12
 TRAIN = "train"  # the training node's title
 
 
@@ -171,11 +172,8 @@ def train(worker: Worker, task: Task, folder: Path) -> dict[str, float | None]:
         return {}
     comfy, server = worker.comfy, worker.server
     known = comfy.object_info()
-    comfy.run(fill_defaults(ready(), known))  # the base is loaded before memory is looked at
     meter = Meter(server.pid, TRAIN, wall=torch.cuda.is_available())
-    before = reset_peak_memory(server.pid)
     comfy.run(fill_defaults(training(task, known), known), meter)
-    peak = None if before is None else peak_memory(server.pid) - before
     run = server.output_dir / "personalized" / task.key
     shutil.copyfile(run / "history.jsonl", folder / "history.jsonl")
     last = dict[str, float]()
@@ -185,9 +183,32 @@ def train(worker: Worker, task: Task, folder: Path) -> dict[str, float | None]:
         "parameters": learned_numbers(run / "last.safetensors"),
         "file_size": (run / "last.safetensors").stat().st_size,
         "steps_per_second": meter.steps_per_second(),
-        "peak_memory": last.get("peak_memory", peak),
-        **{name: value for name, value in last.items() if name not in ("step", "peak_memory")},
+        **{name: value for name, value in last.items() if name != "step"},
     }
+
+
+def memory_file(task: Task, cache: Path) -> Path:
+    """Return where a configuration's peak memory is kept: it is the same for every subject."""
+    plan = replace(task.plan, steps=MEMORY_STEPS, trajectory=())
+    return cache / "memory" / f"{replace(task, plan=plan, subject=0, seed=0).key}.json"
+
+
+def measure_memory(task: Task, cache: Path) -> None:
+    """Keep the peak memory of a short training, in bytes above that with the base loaded.
+
+    It is the resident memory of a server of its own: in one that has trained before, a peak hides
+    in what that kept. Nothing is measured where the system does not tell.
+    """
+    kept = memory_file(task, cache)
+    plan = replace(task.plan, steps=MEMORY_STEPS, trajectory=())
+    with workers(1) as (worker,):
+        known, pid = worker.comfy.object_info(), worker.server.pid
+        worker.comfy.run(fill_defaults(ready(), known))
+        before = reset_peak_memory(pid)
+        worker.comfy.run(fill_defaults(training(replace(task, plan=plan), known), known))
+        if before is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps({"peak_memory": peak_memory(pid) - before}))
 
 
 def ready() -> Graph:

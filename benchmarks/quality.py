@@ -54,6 +54,8 @@ from .cells import (
     Plan,
     Task,
     drawn,
+    measure_memory,
+    memory_file,
 )
 from .configurations import ABLATIONS, BASE, BASELINE, CONFIGURATIONS, MAIN, configuration
 from .gain import interval, machine
@@ -347,7 +349,10 @@ def main(arguments: list[str] | None = None) -> int:
         for name in names
     }
     base = Task(CONFIGURATIONS[BASE], 0, 0, plan)
-    failed = [] if options.only_kept else compute(tasks, base, options.cache, options.servers)
+    failed = []
+    if not options.only_kept:
+        failed = compute(tasks, base, options.cache, options.servers)
+        measure_memories(tasks, options.cache)
     result = report(tasks, base, options.cache)
     result["command"] = " ".join(["python -m benchmarks.quality", *(arguments or sys.argv[1:])])
     text = markdown(result)
@@ -455,6 +460,21 @@ def compute(tasks: Tasks, base: Task, cache: Path, servers: int) -> list[str]:
     return failed
 
 
+def measure_memories(tasks: Tasks, cache: Path) -> None:
+    """Measure the peak memory of every row once; a GPU's is in each cell."""
+    if torch.cuda.is_available():
+        return
+    for name, task in of_each_name(tasks).items():
+        if task.load(cache) is not None and not memory_file(task, cache).exists():
+            print(f"{time.strftime('%H:%M:%S')} memory of {name}", file=sys.stderr)
+            measure_memory(task, cache)
+
+
+def of_each_name(tasks: Tasks) -> dict[str, Task]:
+    """Return the first task of every row."""
+    return {name: task for (name, _, _), task in reversed(list(tasks.items()))}
+
+
 def report(tasks: Tasks, base: Task, cache: Path) -> dict[str, Any]:
     """Score every cell that is there and compare."""
     of_base = base.load(cache)
@@ -471,13 +491,18 @@ def report(tasks: Tasks, base: Task, cache: Path) -> dict[str, Any]:
         for step in (*task.plan.trajectory, *([task.plan.steps] if task.plan.trajectory else [])):
             row = subject_scores(cell, of_base, task, step)
             trajectories.setdefault(name, {}).setdefault(str(step), []).append(row)
+    methods = {name: mean_scores(cells) for name, cells in table.items()}
+    for name, task in of_each_name(tasks).items():
+        kept = memory_file(task, cache)
+        if name in methods and kept.exists():
+            methods[name] |= json.loads(kept.read_text())
     names = [name for name in table if name not in (BASE, BASELINE)]
     variants = {n: configuration(n).against for n in names}
     return {
         "machine": machine(),
         "cells": f"{sum(map(len, table.values())) - len(table[BASE])} trainings; "
         f"{describe(next(iter(tasks.values())).plan)}",
-        "methods": {name: mean_scores(cells) for name, cells in table.items()},
+        "methods": methods,
         "paired": {name: paired(table[name], table[BASELINE]) for name in names},
         "variants": {
             f"{name} - {other}": paired(table[name], table[other])

@@ -12,9 +12,7 @@ from typing import TypeVar
 from headless import Comfy, ComfyServer, Progress
 
 T, R = TypeVar("T"), TypeVar("R")
-# With a fixed threshold glibc gives large tensors back to the system at once, so that the peak of
-# one training does not hide in what an earlier one left.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import stats
 
 from benchmarks import metrics, quality
-from benchmarks.cells import SIDE, Plan, Task, drawn
+from benchmarks.cells import SIDE, Plan, Task, drawn, memory_file
 from benchmarks.configurations import BASE, BASELINE, CONFIGURATIONS, configuration
 from benchmarks.servers import Meter, peak_memory, processor_seconds, reset_peak_memory, share_out
 from headless import Progress
@@ -208,6 +208,12 @@ def test_the_base_is_one_cell_for_all_subjects_seeds_and_steps():
     assert changed.key == task(BASE).key
 
 
+def test_memory_is_measured_once_for_all_subjects_seeds_and_steps(tmp_path):
+    changed = task(subject=102, seed=3, plan=replace(PLAN, steps=9))
+    assert memory_file(changed, tmp_path) == memory_file(task(), tmp_path)
+    assert memory_file(task("para"), tmp_path) != memory_file(task(), tmp_path)
+
+
 def test_a_half_done_cell_does_not_count(tmp_path):
     (tmp_path / task().key).mkdir()
     assert task().load(tmp_path) is None
@@ -241,11 +247,14 @@ def fake_table(tmp_path, names=(BASE, BASELINE, "para")) -> list[str]:
     plan = Plan(samples=2)
     losses = {"train_loss": 0.5, "train_loss_of_base": 1.0}
     losses |= {"held_out_loss": 0.8, "held_out_loss_of_base": 1.0, "corruption": 0.1}
-    costs = {"parameters": 1000, "file_size": 4000, "steps_per_second": 2.0, "peak_memory": None}
+    costs = {"parameters": 1000, "file_size": 4000, "steps_per_second": 2.0}
     for name in names:
         for subject in (101, 102) if name != BASE else (101,):
             one = Task(CONFIGURATIONS[name], subject, 0, plan)
             keep(one, tmp_path, 100 + subject % 7, losses | costs if name != BASE else {})
+    memory = memory_file(Task(CONFIGURATIONS[BASELINE], 101, 0, plan), tmp_path)
+    memory.parent.mkdir()
+    memory.write_text('{"peak_memory": 5000000}')
     command = f"--only-kept --cache {tmp_path} --subjects 101,102 --seeds 0 --samples 2"
     return [*command.split(), "--methods", "lora,para"]
 
@@ -272,7 +281,8 @@ def test_the_json_holds_what_it_promises(tmp_path, capsys):
     }
     assert promised <= found["methods"]["lora"].keys()
     assert found["methods"]["lora"]["loss_gap"] == pytest.approx(0.3)
-    assert "peak_memory" not in found["methods"]["lora"]  # was not measured
+    assert found["methods"]["lora"]["peak_memory"] == 5_000_000
+    assert "peak_memory" not in found["methods"]["para"]  # was not measured
     assert found["paired"].keys() == {"para"}
     assert found["paired"]["para"]["prior_drift"].keys() == {"mean", "low", "high", "n"}
     assert found["paired"]["para"]["prior_drift"]["n"] == 2
