@@ -112,6 +112,22 @@ def test_the_readers_pictures_are_not_in_the_pool():
     assert len(labels) == 1797 > domain_shift.READER + domain_shift.VALIDATION + 500
 
 
+@pytest.mark.parametrize("best", domain_shift.LADDER)
+@pytest.mark.parametrize("start", set(domain_shift.START.values()))
+def test_the_search_ends_at_a_rate_between_two_worse_ones(best, start):
+    asked = []
+
+    def measured(rate):
+        asked.append(rate)
+        return abs(np.log(rate / best))
+
+    tried = domain_shift.search(measured, start)
+    assert min(tried, key=lambda rate: tried[rate]) == best
+    place = domain_shift.LADDER.index(best)
+    assert set(domain_shift.LADDER[max(0, place - 1) : place + 2]) <= set(tried)
+    assert len(asked) == len(set(asked)) == len(tried)
+
+
 @pytest.fixture
 def bench(tmp_path, monkeypatch) -> Bench:
     monkeypatch.setattr(domain_shift, "WORK", tmp_path)
@@ -139,7 +155,7 @@ def test_every_training_is_done_once_and_told_in_the_tables(bench, monkeypatch):
         "settings": vars(argparse.Namespace(images=8, steps=2, batch_size=2, samples=20, seeds=2)),
         "classifier_accuracy": 0.5,
         "references": domain_shift.references(bench, seeds),
-        "sweep": {mode: {"0.001": 0.5} for mode in MODES},
+        "sweep": {mode: {1e-3: 0.5} for mode in MODES},
         "chosen": dict.fromkeys(MODES, 1e-3),
         "table": {m: domain_shift.mean_of([c for c in cells if c["mode"] == m]) for m in MODES},
         "paired": differences,

@@ -506,6 +506,20 @@ def test_nodes_train_apply_load_and_sample(server, comfy, own_base):
         comfy.run(fill_defaults(graph, comfy.object_info()))
 
 
+def test_a_monitor_watches_over_pixels_too(server, comfy, own_base):
+    graph = Graph()
+    base = graph.add("PersonalizeLoadUnconditional", base=own_base)
+    images = graph.add("PersonalizeDemoSubject", count=4, resolution=64)
+    data = graph.add("PersonalizePixelDataset", images=(images, 0), base=(base, 0), hold_out=1)
+    wires = {"base": (base, 0), "data": (data, 0), "monitor": (graph.add("PersonalizeMonitor"), 0)}
+    graph.add("PersonalizeTrainUnconditional", **wires, name="watched pixels", steps=2)
+    comfy.run(fill_defaults(graph, comfy.object_info()))
+    file = server.output_dir / "personalized" / "watched pixels" / "history.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("evaluation")] == [0, 1, 2]
+    assert all(line["held_out_bins"] for line in lines if line.get("evaluation"))
+
+
 def shown(comfy, result, node: str) -> np.ndarray:
     return np.stack([np.asarray(comfy.image(f).convert("RGB")) for f in result.files(node)])
 
