@@ -75,6 +75,7 @@ CACHE = Path(__file__).parent / "work" / "quality"
 REFERENCES = 8  # held-out pictures of the subject that samples are compared with
 COSTS = ("parameters", "file_size", "steps_per_second", "peak_memory")
 Scores = dict[str, float]
+History = list[dict[str, float]]
 Table = dict[str, dict[tuple[int, int], Scores]]  # method -> (subject, seed) -> scores
 
 
@@ -482,6 +483,7 @@ def report(tasks: Tasks, base: Task, cache: Path) -> dict[str, Any]:
         raise SystemExit(f"{cache} does not hold the base's samples: run without --only-kept")
     table: Table = {BASE: {}}
     trajectories: dict[str, dict[str, list[Scores]]] = {}
+    histories: dict[str, list[History]] = {}
     for (name, subject, seed), task in tasks.items():
         cell = task.load(cache)
         if cell is None:
@@ -509,6 +511,11 @@ def report(tasks: Tasks, base: Task, cache: Path) -> dict[str, Any]:
             for name, other in variants.items()
             if other != BASELINE and other in table
         },
+        "gamma": {
+            name: gammas(of_name)
+            for name, of_name in histories.items()
+            if any("gamma_0" in line for line in of_name[0])
+        },
         "trajectory": {
             name: {
                 step: {key: mean(row[key] for row in rows) for key in rows[0]}
@@ -517,6 +524,20 @@ def report(tasks: Tasks, base: Task, cache: Path) -> dict[str, Any]:
             for name, steps in trajectories.items()
         },
     }
+
+
+def gammas(histories: Sequence[History]) -> dict[str, list[float]]:
+    """Return APT's indicator in every bin of timesteps, low ones first, over the steps."""
+    steps = [[line for line in history if "gamma_0" in line] for history in histories]
+    count = min(map(len, steps))
+    result = {}
+    for tenths in (1, 2, 5, 10):
+        lines = [of_run[max(0, count * tenths // 10 - 1)] for of_run in steps]
+        bins = sum(key.startswith("gamma_") for key in lines[0])
+        result[str(int(lines[0]["step"]))] = [
+            mean(line[f"gamma_{bin}"] for line in lines) for bin in range(bins)
+        ]
+    return result
 
 
 def describe(plan: Plan) -> str:

@@ -157,6 +157,17 @@ def test_only_what_both_methods_have_is_compared_and_one_subject_has_no_interval
     assert math.isnan(found["x"]["low"])
 
 
+def test_the_indicator_is_averaged_over_runs_at_parts_of_their_length():
+    histories = [
+        [{"step": step, "gamma_0": step * slope, "gamma_1": 0.0} for step in range(1, 21)]
+        for slope in (0.01, 0.03)
+    ]
+    histories[0].append({"step": 20, "train_loss": 0.1})
+    found = quality.gammas(histories)
+    assert found.keys() == {"2", "4", "10", "20"}
+    assert found["10"] == [pytest.approx(0.2), 0.0]
+
+
 def test_means_weigh_subjects_alike():
     cells = {(1, 0): {"x": 0.0}, (1, 1): {"x": 2.0}, (2, 0): {"x": 5.0}}
     assert quality.mean_scores(cells) == {"x": 3.0}
