@@ -7,8 +7,10 @@ from itertools import product
 import pytest
 import torch
 
-from personalize.trainers.loop import adapt
+from personalize.trainers.edits import to_tensors
+from personalize.trainers.loop import adapt, train
 from personalize.trainers.method import denoising_loss, generator
+from personalize.trainers.methods import METHODS
 from personalize.trainers.methods.dreambooth import DreamBooth
 from personalize.trainers.methods.lora import LoRA
 from personalize.trainers.monitor import (
@@ -26,7 +28,7 @@ from personalize.trainers.monitor import (
     rounds_for,
     stable_loss,
 )
-from tests.tiny import SIDE, make, noise, run, tiny_data, tiny_denoiser
+from tests.tiny import SIDE, make, noise, run, same, tiny_data, tiny_denoiser
 
 
 def test_it_is_the_same_number_every_time_and_draws_nothing():
@@ -234,3 +236,42 @@ def test_a_tenth_of_the_run_is_what_measuring_may_take():
     assert rounds_for(4, 50, 2) == 3
     assert rounds_for(64, 50, 2) == 4
     assert rounds_for(1, 1, 3) == 1
+
+
+@pytest.mark.parametrize("average", [0.0, 0.5], ids=["plain", "averaged"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_a_run_that_is_examined_after_every_step_learns_the_very_same(method, average):
+    data, results, losses = tiny_data(held_out=1, prior=1), [], []
+    for examined in (False, True):
+        chosen, denoiser = make(method, ema_decay=average), tiny_denoiser()
+        examination, state = None, torch.get_rng_state()
+        for step in train(chosen, denoiser, data):
+            losses.append((examined, step.index, step.loss))
+            if examined:
+                splits = {"train": data.training, "held_out": data.held_out, "prior": data.prior}
+                examination = examination or Examination(denoiser, splits)
+                with step.kept():
+                    examination.evaluate(denoiser, step.index)
+        assert torch.equal(torch.get_rng_state(), state)
+        results.append(to_tensors(step.learned()) | parameters(denoiser))
+    assert same(*results)
+    half = len(losses) // 2
+    assert [loss[1:] for loss in losses[:half]] == [loss[1:] for loss in losses[half:]]
+
+
+def parameters(denoiser) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in denoiser.unet.named_parameters()}
+
+
+def test_what_is_examined_is_what_is_kept():
+    """With a running average that is the average, not the network as it is trained."""
+    data, denoiser = tiny_data(1), tiny_denoiser()
+    for step in train(make(LoRA, ema_decay=0.9, steps=5), denoiser, data):
+        before = parameters(denoiser)
+        with step.kept():
+            kept = {n: t for n, t in to_tensors(step.learned()).items() if "lora_up" in n}
+            inside = Probe.of(data.training, 1000, 1).ask(denoiser).loss
+        assert same(parameters(denoiser), before)
+    outside = Probe.of(data.training, 1000, 1).ask(denoiser).loss
+    assert kept and not torch.equal(inside, outside)
+    assert same({n: t for n, t in to_tensors(step.learned()).items() if "lora_up" in n}, kept)

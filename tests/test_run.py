@@ -174,3 +174,55 @@ def test_saving_again_replaces_the_checkpoint_whole(tmp_path):
     run.save(learned(8), "last")
     assert run.load("last").header.step == 8
     assert not [p for p in run.folder.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_the_best_is_that_of_a_step_and_stays_when_the_step_is_deleted(tmp_path):
+    run = saved(tmp_path, steps=(20, 40))
+    run.make_best(20)
+    assert run.checkpoints() == ["last", "best", "step 40", "step 20"]
+    run.make_best(40)
+    run.remove(40)
+    run.remove(40)
+    assert run.checkpoints() == ["last", "best", "step 20"]
+    assert run.load("best").header.step == 40
+    assert not [p for p in run.folder.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_the_best_is_copied_where_the_disk_knows_no_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run = saved(tmp_path, steps=(20,))
+    run.make_best(20)
+    assert run.load("best").header.step == 20
+
+
+def test_saving_a_step_again_leaves_the_best_as_it_was(tmp_path):
+    run = saved(tmp_path, steps=(20,))
+    run.make_best(20)
+    run.save(learned(21), "step 20")
+    assert run.load("best").header.step == 20
+
+
+def test_pins_add_up_and_a_damaged_file_counts_as_none(tmp_path):
+    run = saved(tmp_path)
+    assert run.pinned() == []
+    for step in (40, 20, 40):
+        run.pin(step)
+    assert run.pinned() == [20, 40]
+    for damaged in ("{", "7", '["a"]'):
+        (run.folder / "pinned.json").write_text(damaged)
+        assert run.pinned() == []
+
+
+def test_history_and_facts_leave_out_what_is_damaged(tmp_path):
+    run = saved(tmp_path)
+    assert run.history() == []
+    run.log(step=1, loss=0.5)
+    with open(run.folder / "history.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    assert run.history() == [{"step": 1, "loss": 0.5}]
+    assert run.facts()["method"] == HEADER_OF_A_RUN.method
+    (run.folder / "run.json").write_text("[")
+    assert run.facts() == {}

@@ -59,7 +59,7 @@ def train(method: Method, denoiser: Denoiser, data: PersonalData) -> Generator[S
 
     @contextmanager
     def kept() -> Iterator[None]:
-        if average is None:
+        if average is None or average.temp_stored_params is not None:  # it is so already
             yield
             return
         average.store(parameters)
