@@ -560,7 +560,7 @@ def test_a_training_is_watched_reloaded_pinned_and_stopped(browser, server, comf
         first = step_of(page, node)
         wait_for_more(page, node, first + 5)
         assert "LoRA · watched" in text(page, node, "run")
-        wait_for(page, node, "held out")
+        wait_for(page, node, "held-out")
 
         # a reload in the middle of the run
         reload(page)

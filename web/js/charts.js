@@ -190,11 +190,16 @@ export class Charts {
         ctx.save()
         ctx.lineWidth = pixels()
         const upright = (step, colour, dash) => {
-            ctx.strokeStyle = this.#colour(colour)
-            ctx.setLineDash(dash.map((length) => length * pixels()))
             ctx.beginPath()
             ctx.moveTo(at(step), bbox.top)
             ctx.lineTo(at(step), bbox.top + bbox.height)
+            if (plot === this.#plots.gamma) {
+                ctx.strokeStyle = "black" // else it is lost on the strip's own yellow
+                ctx.setLineDash([])
+                ctx.stroke()
+            }
+            ctx.strokeStyle = this.#colour(colour)
+            ctx.setLineDash(dash.map((length) => length * pixels()))
             ctx.stroke()
         }
         if (isNumber(this.#picked)) upright(this.#picked, "text", [])
@@ -203,15 +208,15 @@ export class Charts {
         ctx.restore()
     }
 
-    #flags(ctx, { left, top, width }, at) {
+    #flags(ctx, { left, top, width, height }, at) {
         const size = 5 * pixels()
         ctx.setLineDash([])
         ctx.fillStyle = this.#colour("best")
         for (const step of this.#history.facts.pinned.filter(isNumber)) {
             ctx.beginPath()
-            ctx.moveTo(at(step) - size, top)
-            ctx.lineTo(at(step) + size, top)
-            ctx.lineTo(at(step), top + 1.4 * size)
+            ctx.moveTo(at(step) - size, top + height)
+            ctx.lineTo(at(step) + size, top + height)
+            ctx.lineTo(at(step), top + height - 1.4 * size)
             ctx.fill()
         }
         if (this.#history.bestStep === null) return

@@ -17,7 +17,22 @@ const COLOURS = {
     text: "--pm-text",
     muted: "--pm-muted",
 }
+const PLOTS = {
+    losses: "Losses by step",
+    drift: "Prior drift and corruption by step",
+    gamma: "Over-fitting indicator by step and timestep",
+}
 const HEIGHTS = { idle: 26, plain: 176, full: 344, samples: 94, buttons: 29, message: 19 } // px
+const TIPS = {
+    loss: "Loss of single steps, smoothed: mostly the luck of the timestep.",
+    train: "Loss on the training pictures, at fixed timesteps and noise.",
+    "held-out": "The same on pictures of the subject that are not trained on. Lowest is best.",
+    "prior drift": "How much worse the class is known than by the base.",
+    corruption: "Grain in what the network predicts, over that of the base: 1 is as the base.",
+    likeness: "Of the samples to the training picture most like each: near 1 they are copies.",
+    diversity: "How much the samples of one prompt differ: near 0 they are all the same.",
+}
+const GAMMA = "How much better than the base the training pictures are known, by timestep: 0 to 1."
 const PATIENCE = "Patience: evaluations without a new best, after which the training ends."
 const STOP = "End after this step; keep the best checkpoint and the last, and go on with the graph."
 
@@ -72,7 +87,11 @@ export class View {
         )
         for (const name of ["readLosses", "readDrift", "readGamma", "readSamples"])
             this.#parts[name].classList.add("read")
-        for (const name of ["losses", "drift", "gamma"]) this.#parts[name].classList.add("plot")
+        for (const [name, label] of Object.entries(PLOTS)) {
+            this.#parts[name].classList.add("plot")
+            this.#parts[name].setAttribute("role", "img")
+            this.#parts[name].setAttribute("aria-label", label)
+        }
         this.#parts.stop.addEventListener("click", () => this.#ask("stop"))
         this.#parts.pin.addEventListener("click", () => this.#ask("pin"))
         this.idle()
@@ -207,10 +226,8 @@ export class View {
         run.textContent = run.title = [history.facts.title, this.#run].filter(Boolean).join(" · ")
         const [step, total] = [history.step, history.totalSteps].map((n) => n.toLocaleString("en"))
         const left = this.#secondsLeft
-        progress.textContent =
-            history.isTraining
-                ? `${step} / ${total}${left === null ? "" : ` · ${duration(left)} left`}`
-                : `${step} steps`
+        const until = left === null ? "" : ` · ${duration(left)} left`
+        progress.textContent = history.isTraining ? `${step} / ${total}${until}` : `${step} steps`
         verdict.textContent = this.#verdict()
         verdict.title = `${verdict.textContent}. ${PATIENCE}`
     }
@@ -237,9 +254,9 @@ export class View {
         const step = line?.step ?? Math.round(Math.min(Math.max(0, wanted), history.step))
         this.#parts.at.textContent = `step ${step.toLocaleString("en")}`
         write(this.#parts.readLosses, [
-            ["loss", "loss", figure(history.lossAt(step))],
+            ["loss", "loss", history.lossAt(step), figure],
             ["train", "train", line?.train, figure],
-            ["held", "held out", line?.held_out, figure],
+            ["held", "held-out", line?.held_out, figure],
         ])
         if (!line) return
         write(this.#parts.readDrift, [
@@ -251,12 +268,13 @@ export class View {
         const [from, to] = [(100 * bin) / BINS, (100 * (bin + 1)) / BINS]
         const at = bin === null ? "on average" : `at t ${from}–${to} %`
         write(this.#parts.readGamma, [
-            ["heat", `over-fitting γ ${at}`, bin === null ? mean : line.gamma?.[bin], two],
+            ["heat", `γ ${at}`, bin === null ? mean : line.gamma?.[bin], two],
         ])
         const sampled = history.sampled(history.evaluations.indexOf(line))
+        const older = sampled === line ? null : sampled?.step
         write(this.#parts.readSamples, [
-            sampled !== line && ["", "of step", sampled?.step, (n) => n.toLocaleString("en")],
-            ["", "likest original", sampled?.nearest, two],
+            ["", "sampled at step", older, (step) => step.toLocaleString("en")],
+            ["", "likeness", sampled?.nearest, two],
             ["", "diversity", sampled?.diversity, two],
         ])
     }
@@ -269,17 +287,18 @@ function two(value) {
 // Write [colour, label, value, how to say it] entries, each with a dash of its line's colour; a
 // value that is no number is left out.
 function write(place, entries) {
-    const known = entries.filter(Boolean).filter(([, , value, say]) => !say || isNumber(value))
+    const known = entries.filter(([, , value]) => isNumber(value))
     place.replaceChildren(
         ...known.map(([colour, label, value, say]) => {
-            const entry = element("span", "entry")
+            const title = colour === "heat" ? GAMMA : (TIPS[label] ?? "")
+            const entry = element("span", "entry", { title })
             if (colour) {
                 const dash = element("i")
                 dash.dataset.colour = colour
                 entry.append(dash)
             }
             entry.append(element("span", "label", { textContent: label }))
-            entry.append(element("b", "", { textContent: say ? say(value) : value }))
+            entry.append(element("b", "", { textContent: say(value) }))
             return entry
         }),
     )
