@@ -233,7 +233,7 @@ def test_asking_leaves_network_and_generators_alone():
 
 def test_a_tenth_of_the_run_is_what_measuring_may_take():
     assert rounds_for(1, 50, 2) == 1  # 1,000 steps of one picture, 20 evaluations
-    assert rounds_for(4, 50, 2) == 3
+    assert rounds_for(4, 50, 2) == 2
     assert rounds_for(64, 50, 2) == 4
     assert rounds_for(1, 1, 3) == 1
 
