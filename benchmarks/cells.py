@@ -232,7 +232,7 @@ def training(task: Task, known: dict[str, Any]) -> Graph:
     inputs |= {"steps": plan.steps, "batch_size": plan.batch_size, "seed": task.seed}
     inputs |= {"save_every": plan.trajectory[0] if plan.trajectory else 0}
     inputs |= dict(task.configuration.settings)
-    graph.add(training_node(task.configuration.method.replace("_", ""), known), TRAIN, **inputs)
+    graph.add(training_node(task.configuration.method, known), TRAIN, **inputs)
     return graph
 
 

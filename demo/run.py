@@ -39,6 +39,11 @@ SETTINGS = {
     "lora": {"learning_rate": 1e-3, "rank": 8},
     "para": {"learning_rate": 3e-3, "rank": 4},
     "apt": {"learning_rate": 1e-3, "rank": 8, "temperature": 50.0, "pad": "edge"},
+    "bnn": {"learning_rate": 1e-3, "rank": 8},
+    "dreambooth": {"learning_rate": 5e-5},
+    "attention": {"learning_rate": 2e-4},
+    "a3ft": {"learning_rate": 2e-4},
+    "selective_zo": {"learning_rate": 1e-3, "rank": 8},
 }
 
 
@@ -116,7 +121,7 @@ def adjusted(
     train = prompt[node_of(prompt, "PersonalizeTrain")]
     if options.method:
         train["class_type"] = training_node(options.method, known)
-        own = SETTINGS.get(options.method.lower(), {})
+        own = next((s for name, s in SETTINGS.items() if plain(name) == plain(options.method)), {})
         train["inputs"] = general(train["inputs"]) | own
         train["_meta"] = {"title": known[train["class_type"]]["display_name"]}
     if options.steps is not None:
@@ -168,15 +173,16 @@ def role_of(node: dict[str, Any]) -> str | None:
 
 
 def training_node(method: str, known: dict[str, Any]) -> str:
-    """Return the class_type of a method's training node."""
-    nodes = {
-        name.removeprefix("PersonalizeTrain").lower(): name
-        for name in known
-        if name.startswith("PersonalizeTrain")
-    }
-    if method.lower() not in nodes:
+    """Return the class_type of a method's training node; case and _ do not matter."""
+    nodes = {plain(kind): kind for kind in known if kind.startswith("PersonalizeTrain")}
+    if plain(method) not in nodes:
         raise OverrideError(f"--method is '{method}'; there are: {', '.join(sorted(nodes))}")
-    return nodes[method.lower()]
+    return nodes[plain(method)]
+
+
+def plain(method: str) -> str:
+    """Reduce a method's name, or its node's class_type, to what both share."""
+    return method.removeprefix("PersonalizeTrain").lower().replace("_", "")
 
 
 def general(inputs: dict[str, Any]) -> dict[str, Any]:

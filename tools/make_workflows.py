@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
+from demo.run import SETTINGS  # noqa: E402
 from headless import ComfyServer  # noqa: E402
 from tests.browser import launch, open_page  # noqa: E402
 
@@ -97,6 +98,26 @@ This graph needs none of your files: base model and pictures come with the pack.
 3. Change the prompt, or the **Character**, and run again.
 """
 
+COMPARE_NOTE = """\
+### Several methods side by side
+The same four pictures of a made-up character train a LoRA and the methods against over-fitting, \
+300 steps each. One picture comes out: a row per method, in the order of the boxes, the base first.
+
+Bypass (`Ctrl B`) what you don't want to wait for. With a card, raise `steps` and see which rows \
+begin to copy.
+"""
+
+UNCONDITIONAL_NOTE = """\
+### A³FT in its paper's own setting
+A base that draws one kind of picture, without a prompt, learns another kind from some hundreds of \
+pictures.
+1. **Pictures**: put them into a folder in ComfyUI's `input` folder, press **R**, and choose it in \
+*Load Personal Images*.
+2. **Base**: the small one that comes with the pack draws letters and figures, 16x16 pixels. Or \
+put a diffusers folder with a `UNet2DModel` into `models/diffusers`.
+3. `mode` compares A³FT with training everything (naive), or attention alone.
+"""
+
 USER_NOTE = """\
 ### What to change first
 1. **Pictures**: put 4 to 20 pictures of one subject into a folder in ComfyUI's `input` folder, \
@@ -105,15 +126,72 @@ press **R**, and choose it in *Load Personal Images*. A `.txt` of the same name 
 3. **Words**: in *Personal Dataset*, write a rare word and the class (*a photo of sks dog*). \
 Use the same words in *Prompt*.
 
+4. *Personalize Monitor* keeps one picture out of training to see when the model begins to copy, \
+ends the training then, and hands on the best checkpoint. Its prompts are sampled on the way.
+
 {method}
 The run is kept in `output/personalized`; *Load Personalization* brings it back later.
 """
 
-LORA_NOTE = """\
-Too weak: more `steps`. Stiff copies of your pictures: fewer `steps`, or a lower `rank`."""
-PARA_NOTE = """\
-PaRa takes directions away instead of adding some. \
-Not like your subject: more `steps` or `rank`. Deaf to the prompt: less `rank`."""
+
+@dataclass
+class Recipe:
+    """How one method is started on photographs, and what to say about it."""
+
+    method: str  # as in the node's id
+    note: str
+    widgets: dict[str, Any]
+
+
+RECIPES = {
+    "lora": Recipe(
+        "LoRA",
+        "Too weak: more `steps`. Stiff copies of your pictures: fewer `steps`, or a lower `rank`.",
+        {"steps": 800, "learning_rate": 1e-4, "rank": 16},
+    ),
+    "para": Recipe(
+        "PaRa",
+        "PaRa takes directions away instead of adding some. "
+        "Not like your subject: more `steps` or `rank`. Deaf to the prompt: less `rank`.",
+        {"steps": 800, "learning_rate": 1e-4, "rank": 4},
+    ),
+    "dreambooth": Recipe(
+        "DreamBooth",
+        "Every weight learns: the strongest way, the quickest to over-fit, and the one that takes "
+        "most memory. Keep `learning_rate` small.",
+        {"steps": 800, "learning_rate": 5e-6, "gradient_checkpointing": True},
+    ),
+    "attention": Recipe(
+        "Attention",
+        "Only the attention blocks learn: calmer than moving every weight.",
+        {"steps": 800, "learning_rate": 1e-5, "gradient_checkpointing": True},
+    ),
+    "apt": Recipe(
+        "APT",
+        "APT measures at which noise levels the model over-fits, trains less there and shows "
+        "turned and shrunken pictures instead. Stiff copies: raise `lambda_rs` and `lambda_aa`.",
+        {"steps": 1000, "learning_rate": 1e-4, "rank": 16},
+    ),
+    "bnn": Recipe(
+        "BNN",
+        "BNN trains with random weights around those it keeps, which holds off the stage of noisy, "
+        "corrupted pictures. Pictures stay vague: lower `sigma`.",
+        {"steps": 1600, "learning_rate": 1e-4, "rank": 4},
+    ),
+    "a3ft": Recipe(
+        "A3FT",
+        "A³FT trains the attention blocks and a small adapter that knows the noise level. "
+        "`mode` compares it with training everything, or attention alone.",
+        {"steps": 800, "learning_rate": 1e-5, "gradient_checkpointing": True},
+    ),
+    "selective_zo": Recipe(
+        "SelectiveZO",
+        "Selective BP/ZO trains on small pictures with gradients, and on full-size ones with "
+        "forward passes only: for cards with little memory.",
+        {"steps": 1200, "learning_rate": 1e-4, "rank": 8},
+    ),
+}
+COMPARED = ("lora", "para", "apt", "bnn", "a3ft", "selective_zo")  # in the order of the rows
 
 
 def subject(split: str) -> Node:
@@ -193,7 +271,61 @@ def demo() -> list[Group]:
     ]
 
 
-def train_on_own_pictures(method: str, text: str, training: dict[str, Any]) -> list[Group]:
+def compare_methods() -> list[Group]:
+    """A row of the grid per method: the base first, then the methods in their order."""
+    how = {"steps": 25, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
+    size = {"width": 128, "height": 128, "batch_size": 4}
+    data = {"images": ("pictures", 0), "captions": ("pictures", 1)}
+    dataset = Node(
+        "PersonalizeDataset",
+        "",
+        {"instance_prompt": "a zib totem", "resolution": 128},
+        {"clip": ("base", 1), "vae": ("base", 2), **data},
+    )
+    columns, rows = [], {"base": ("base", 0)}
+    for name in COMPARED:
+        inputs = {"model": ("base", 0), "data": ("dataset", 0)}
+        widgets = {"name": f"compare {name}", "steps": 300, "batch_size": 4, **SETTINGS[name]}
+        node = Node(f"PersonalizeTrain{RECIPES[name].method}", "", widgets, inputs)
+        columns.append({f"train_{name}": node})
+        rows[name] = (f"train_{name}", 0)
+    samples = {
+        f"sample_{name}": sampler(f"Sample: {name}", model, how) for name, model in rows.items()
+    }
+    decodes = {f"decode_{name}": decoded(f"sample_{name}") for name in rows}
+    batch = {f"images.image{i}": (name, 0) for i, name in enumerate(decodes)}
+    first = {
+        "note": note(COMPARE_NOTE, 260),
+        "base": Node("PersonalizeDemoBase"),
+        "character": Node("PrimitiveInt", "Character", {"value": 1}),
+        "pictures": subject("training"),
+        "dataset": dataset,
+    }
+    words = {
+        "positive": prompt("Prompt", "a zib totem on a green background"),
+        "negative": prompt("Negative prompt (empty)", ""),
+        "latent": Node("EmptyLatentImage", "", size),
+    }
+    grid = {
+        "batch": Node("BatchImagesNode", "", {}, batch),
+        "list": Node("RebatchImages", "One by one", {"batch_size": 1}, {"images": ("batch", 0)}),
+        "grid": Node(
+            "ImageGrid",
+            "",
+            {"columns": 4, "cell_width": 128, "cell_height": 128},
+            {"images": ("list", 0)},
+        ),
+        "saved": saved("A row per method", "grid", "compare", 700),
+    }
+    return [
+        Group("1  Base and pictures", BLUE, [first]),
+        Group("2  Train each method on the same pictures", GREEN, columns),
+        Group("3  Same prompt, same seeds", VIOLET, [words, samples, decodes]),
+        Group("4  Compare", GREY, [grid]),
+    ]
+
+
+def train_on_own_pictures(recipe: Recipe) -> list[Group]:
     how = {"steps": 25, "cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
     dataset = Node(
         "PersonalizeDataset",
@@ -206,14 +338,20 @@ def train_on_own_pictures(method: str, text: str, training: dict[str, Any]) -> l
             "captions": ("pictures", 1),
         },
     )
-    inputs = {"model": ("base", 0), "data": ("dataset", 0)}
+    monitor = Node(
+        "PersonalizeMonitor",
+        "",
+        {"prompts": "a photo of sks dog on the beach\na photo of a dog"},
+        {"clip": ("base", 1), "vae": ("base", 2)},
+    )
+    inputs = {"model": ("base", 0), "data": ("dataset", 0), "monitor": ("monitor", 0)}
     return [
         Group(
             "1  Base and pictures",
             BLUE,
             [
                 {
-                    "note": note(USER_NOTE.format(method=text), 360),
+                    "note": note(USER_NOTE.format(method=recipe.note), 470),
                     "pictures": Node("PersonalizeImageFolder", "", {"folder": "my subject"}),
                     "base": Node(
                         "CheckpointLoaderSimple",
@@ -227,12 +365,12 @@ def train_on_own_pictures(method: str, text: str, training: dict[str, Any]) -> l
             "2  Train",
             GREEN,
             [
-                {"dataset": dataset, "loss": loss_graph()},
+                {"dataset": dataset, "monitor": monitor, "loss": loss_graph()},
                 {
                     "train": Node(
-                        f"PersonalizeTrain{method}",
+                        f"PersonalizeTrain{recipe.method}",
                         "",
-                        {"name": "my subject", "save_every": 200, **training},
+                        {"name": "my subject", "save_every": 200, **recipe.widgets},
                         inputs,
                     )
                 },
@@ -251,21 +389,65 @@ def train_on_own_pictures(method: str, text: str, training: dict[str, Any]) -> l
                     "sample": sampler("Sample the personalised model", ("train", 0), how),
                     "decode": decoded("sample"),
                 },
-                {"after": saved("Your subject", "decode", method.lower(), 480)},
+                {"after": saved("Your subject", "decode", recipe.method.lower(), 480)},
+            ],
+        ),
+    ]
+
+
+def train_unconditional() -> list[Group]:
+    pictures = {"pictures": Node("PersonalizeImageFolder", "", {"folder": "my pictures"})}
+    dataset = Node(
+        "PersonalizePixelDataset",
+        "",
+        {"hold_out": 50},
+        {"images": ("pictures", 0), "base": ("base", 0)},
+    )
+    training = {"name": "my pictures", "steps": 2000, "batch_size": 16, "save_every": 500}
+    inputs = {"base": ("base", 0), "data": ("dataset", 0)}
+    train = Node("PersonalizeTrainUnconditional", "", training, inputs)
+
+    def drawn(title: str, base: str) -> Node:
+        widgets = {"count": 16, "control_after_generate": "fixed"}
+        return Node("PersonalizeSampleUnconditional", title, widgets, {"base": (base, 0)})
+
+    return [
+        Group(
+            "1  Base and pictures",
+            BLUE,
+            [
+                {
+                    "note": note(UNCONDITIONAL_NOTE, 300),
+                    **pictures,
+                    "base": Node("PersonalizeLoadUnconditional"),
+                }
+            ],
+        ),
+        Group("2  Train", GREEN, [{"dataset": dataset, "loss": loss_graph()}, {"train": train}]),
+        Group(
+            "3  Compare",
+            VIOLET,
+            [
+                {
+                    "sample_base": drawn("Sample the base", "base"),
+                    "sample_tuned": drawn("Sample what was trained", "train"),
+                },
+                {
+                    "before": saved("Before", "sample_base", "before"),
+                    "after": saved("After", "sample_tuned", "after"),
+                },
             ],
         ),
     ]
 
 
 def workflows() -> dict[str, list[Group]]:
+    own = {f"train_{name}": train_on_own_pictures(recipe) for name, recipe in RECIPES.items()}
     return {
         "demo": demo(),
-        "train_lora": train_on_own_pictures(
-            "LoRA", LORA_NOTE, {"steps": 800, "learning_rate": 1e-4, "rank": 16}
-        ),
-        "train_para": train_on_own_pictures(
-            "PaRa", PARA_NOTE, {"steps": 800, "learning_rate": 1e-4, "rank": 4}
-        ),
+        "compare_methods": compare_methods(),
+        **own,
+        "train_unconditional": train_unconditional(),
     }
 
 
