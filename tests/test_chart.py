@@ -292,6 +292,15 @@ def test_a_thumbnail_opens_at_full_size_and_closes_again(fresh, runs):
     assert fresh.nodes()  # the key went to the dialog, not to the graph
 
 
+def test_the_wheel_zooms_the_graph_over_the_chart_too(fresh, runs):
+    node = add(fresh, "ended")
+    wait_for(fresh, node, "stopped early")
+    look_at(fresh, node)
+    hover(fresh, "losses", 200)
+    fresh.page.mouse.wheel(0, -200)
+    fresh.wait("app.canvas.ds.scale > 1.05")
+
+
 def test_without_a_monitor_there_are_loss_and_progress(fresh, runs):
     node = add(fresh, "plain")
     wait_for(fresh, node, "finished")
