@@ -167,6 +167,7 @@ def _without_inference_flag(tensor: Tensor) -> Tensor:
     )
 
 
+@torch.no_grad()  # the weights of ComfyUI 0.16 ask for gradients
 def fingerprint(model: ModelPatcher) -> dict[str, str]:
     """Describe the base: family, hashes of its geometry, (samples of) its weights and patches."""
     geometry, weights, patches = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
