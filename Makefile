@@ -2,7 +2,9 @@
 ENV = python=$$(python3 tools/env.py $(1)) && comfyui=$$(dirname "$$python")/../../ComfyUI
 CODE = __init__.py nodes trainers demo headless tools tests benchmarks
 
-.PHONY: help env test test-fast lint demo clean
+MATRIX = 0.30.0/newest 0.30.0/oldest 0.16.3/newest 0.16.3/oldest
+
+.PHONY: help env test test-fast test-matrix stress lint demo clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -19,6 +21,16 @@ test:  ## lint and all tests, against a real ComfyUI and a browser
 
 test-fast:  ## the tests that are not slow and need no server and no browser
 	@$(call ENV) && "$$python" -m pytest -q -m "not slow and not server and not browser"
+
+test-matrix:  ## the server tests on the newest and oldest ComfyUI, diffusers and peft
+	@unset COMFYUI_PATH; failed=; for row in $(MATRIX); do \
+		python=$$(python3 tools/env.py --comfyui "$${row%/*}" --libraries "$${row#*/}") || exit 1; \
+		echo "ComfyUI $${row%/*}, $${row#*/} diffusers and peft:"; \
+		"$$python" -m pytest -q -m "server and not browser" $(ARGS) || failed="$$failed $$row"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
+stress:  ## break things for a long time: fuzzed files, hundreds of runs, many clients
+	@$(call ENV) && nice -n 5 "$$python" -m pytest -q -m stress --durations=0 $(ARGS)
 
 demo:  ## train on a made-up subject and compare before with after, into demo/output/
 	@$(call ENV) && "$$python" -m demo.run $(ARGS)

@@ -112,10 +112,17 @@ def browser_page(browser, server: ComfyServer):
         yield page
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """Mark tests by the fixtures they use, so that `-m "not server"` needs no bookkeeping."""
+def pytest_collection_modifyitems(config, items) -> None:
+    """Mark tests by the fixtures they use, so that `-m "not server"` needs no bookkeeping.
+
+    Stress tests run only where -m names them.
+    """
     for item in items:
         names = set(getattr(item, "fixturenames", ()))
         for mark in ("server", "browser"):
             if mark in names:
                 item.add_marker(mark)
+    if "stress" not in config.option.markexpr:
+        long = [item for item in items if item.get_closest_marker("stress")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)

