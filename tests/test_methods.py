@@ -443,7 +443,7 @@ def test_what_can_not_be_finite_stops_with_the_last_good_weights(method):
     )
     data = dataclasses.replace(tiny_data(1), training=(example(0), bad))
     seed = next(s for s in range(50) if Draws(s, 0, 0, 1).examples(data.training, 1)[0] is not bad)
-    chosen, steps = make(method, seed=seed, batch_size=1), []
+    chosen, steps = make(method, seed=seed, batch_size=1, non_finite="stop"), []
     with pytest.raises(FloatingPointError, match=r"step 2.*'learning_rate'.*0\.01.*'precision'"):
         for step in train(chosen, tiny_denoiser(), data):
             steps.append((step, to_tensors(step.learned())))

@@ -30,6 +30,8 @@ class Method:
 
     def __init__(self, settings: CommonSettings):
         self.settings = settings
+        self.gradient_norm = math.nan  # of the last step, before clipping; NaN: not known
+        self.moving = False  # whether a step is on its way: parameters are neither before nor after
 
     def adapt(self, unet: nn.Module) -> None:
         """What is free: put trainable parameters into a frozen U-Net."""
@@ -69,14 +71,23 @@ class Method:
             total = total.to(loss.device) + loss.detach()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clipping or math.inf)
+        self.gradient_norm = float(norm)
         if not (total + norm).isfinite():
             return total * math.nan  # before the step: what was learned so far stays good
+        self.moving = True
         optimizer.step()
         return total
 
     def facts(self) -> dict[str, float]:
         """Return what the last step has to tell besides its loss, by name, for the history."""
         return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the method itself has to keep to go on with a run; nothing drawn is."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` returned. Raises RuntimeError when it does not fit."""
 
 
 @dataclass(frozen=True)

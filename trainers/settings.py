@@ -149,6 +149,15 @@ class Settings:
         advanced=True,
     )
 
+    non_finite: str = knob(
+        "skip",
+        "What to do when the loss or its gradient is not finite. skip: leave the step out, and "
+        "count it. lower: and halve the learning rate. stop: end the run with what was learned "
+        "before. Ten in a row always end it.",
+        choices=("skip", "lower", "stop"),
+        advanced=True,
+    )
+
     def __post_init__(self) -> None:
         check(self)
 

@@ -18,7 +18,7 @@ stay below 1 %.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -366,6 +366,13 @@ class APT(BNN):
 
     def facts(self) -> dict[str, float]:
         return super().facts() | self._facts
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the indicator; views and the base's answers follow from the draws."""
+        return self.indicator.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.indicator.load_state_dict(state)
 
 
 class Views:

@@ -194,10 +194,10 @@ class SelectiveZO(LoRA):
         if not batch.zeroth_order:
             return super().update(objectives, optimizer)
         optimizer.zero_grad(set_to_none=True)  # gradients of the last BP step are memory
-        # or torch's schedule warns when a run begins with ZO-high
-        optimizer._opt_called = True  # pyright: ignore
+        self.moving = True
         loss, slopes = self.zeroth_order_step(objectives, optimizer, batch.seed)
-        self.last["projected_gradient"] = float(slopes.square().mean().sqrt())
+        # E[(g z)^2] = |g|^2: the root mean square estimates the gradient's norm
+        self.gradient_norm = self.last["projected_gradient"] = float(slopes.square().mean().sqrt())
         return loss
 
     @torch.no_grad()
