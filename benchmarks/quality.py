@@ -5,7 +5,9 @@
 Each (method, subject, seed) is trained and sampled once by a headless ComfyUI and kept under
 benchmarks/work/quality/, so an interrupted run goes on where it was, and a table can grow. Prints
 a Markdown table of means, and one of the differences to LoRA on the same subjects and seeds: their
-mean with its 95 % interval (Student's t over subjects, each the mean of its seeds).
+mean with its 95 % interval (Student's t over subjects, each the mean of its seeds). Who learns less
+drifts less; so a third table compares each with LoRA at equal subject similarity, interpolated
+between the base and LoRAs of rising learning rates. What is more similar than these is left out.
 
     subject similarity   of "a zib totem …" with held-out pictures of the subject, mean cosine; its
                          prompts name backgrounds that it was not trained on
@@ -39,6 +41,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -73,6 +76,7 @@ from .servers import Worker, share_out, workers
 
 CACHE = Path(__file__).parent / "work" / "quality"
 REFERENCES = 8  # held-out pictures of the subject that samples are compared with
+LADDER = (BASE, "lora-slow", BASELINE, "lora-fast")
 COSTS = ("parameters", "file_size", "steps_per_second", "peak_memory")
 Scores = dict[str, float]
 History = list[dict[str, float]]
@@ -198,6 +202,34 @@ def paired(
     return result
 
 
+def at_equal_similarity(table: Table, name: str) -> dict[str, dict[str, float]]:
+    """Compare a row with LoRA trained just as far: differences as in `paired`."""
+    alike = {
+        key: found
+        for key, row in table[name].items()
+        if (found := interpolated(ladder_of(table, key), row["subject_similarity"])) is not None
+    }
+    return paired(table[name], alike)
+
+
+def ladder_of(table: Table, key: tuple[int, int]) -> list[Scores]:
+    """Return the base and the LoRAs of one subject and seed."""
+    return [table[rung][key] for rung in LADDER if key in table.get(rung, {})]
+
+
+def interpolated(ladder: Sequence[Scores], similarity: float) -> Scores | None:
+    """Return the scores between those of a ladder; None where none is as similar."""
+    rungs = sorted(ladder, key=lambda row: row["subject_similarity"])
+    places = [row["subject_similarity"] for row in rungs]
+    if not rungs or not places[0] <= similarity <= places[-1]:
+        return None
+    return {
+        name: float(np.interp(similarity, places, [row[name] for row in rungs]))
+        for name in rungs[0]
+        if all(name in row for row in rungs)
+    }
+
+
 def mean(values: Iterable[float]) -> float:
     """Return the mean of what is a number; NaN when nothing is."""
     numbers = [value for value in values if not math.isnan(value)]
@@ -262,6 +294,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     )
     for title, comparisons in (
         (f"Paired differences to {BASELINE} (mean [95 % interval])", result["paired"]),
+        (f"Paired differences to {BASELINE} at equal subject similarity", result["matched"]),
         ("Paired differences to what each is a variant of", result["variants"]),
     ):
         if comparisons:
@@ -490,6 +523,7 @@ def report(tasks: Tasks, base: Task, cache: Path) -> dict[str, Any]:
             continue
         table[BASE][subject, seed] = scores(of_base, of_base, task)
         table.setdefault(name, {})[subject, seed] = scores(cell, of_base, task)
+        histories.setdefault(name, []).append(cell.history)
         for step in (*task.plan.trajectory, *([task.plan.steps] if task.plan.trajectory else [])):
             row = subject_scores(cell, of_base, task, step)
             trajectories.setdefault(name, {}).setdefault(str(step), []).append(row)
@@ -506,6 +540,11 @@ def report(tasks: Tasks, base: Task, cache: Path) -> dict[str, Any]:
         f"{describe(next(iter(tasks.values())).plan)}",
         "methods": methods,
         "paired": {name: paired(table[name], table[BASELINE]) for name in names},
+        "matched": {
+            name: found
+            for name in names
+            if name not in LADDER and (found := at_equal_similarity(table, name))
+        },
         "variants": {
             f"{name} - {other}": paired(table[name], table[other])
             for name, other in variants.items()

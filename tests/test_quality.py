@@ -157,6 +157,22 @@ def test_only_what_both_methods_have_is_compared_and_one_subject_has_no_interval
     assert math.isnan(found["x"]["low"])
 
 
+def test_at_equal_similarity_lora_is_taken_between_its_learning_rates():
+    def row(similarity, drift):
+        return {"subject_similarity": similarity, "class_drift": drift}
+
+    table = {
+        "base": {(1, 0): row(0.0, 0.0), (2, 0): row(0.0, 0.0)},
+        "lora-slow": {(1, 0): row(0.2, 0.1), (2, 0): row(0.3, 0.1)},
+        "lora": {(1, 0): row(0.4, 0.5), (2, 0): row(0.4, 0.5)},
+        "apt": {(1, 0): row(0.3, 0.2), (2, 0): row(0.6, 0.2)},  # the second beyond any LoRA
+    }
+    found = quality.at_equal_similarity(table, "apt")
+    assert found["class_drift"]["mean"] == pytest.approx(0.2 - 0.3)
+    assert found["subject_similarity"]["mean"] == pytest.approx(0.0)
+    assert found["class_drift"]["n"] == 1
+
+
 def test_the_indicator_is_averaged_over_runs_at_parts_of_their_length():
     histories = [
         [{"step": step, "gamma_0": step * slope, "gamma_1": 0.0} for step in range(1, 21)]
@@ -276,7 +292,7 @@ def test_the_json_holds_what_it_promises(tmp_path, capsys):
     more = ["--json", files["json"], "--markdown", files["md"], "--sheet", files["png"]]
     assert quality.main([*arguments, *map(str, more)]) == 0
     found = json.loads(files["json"].read_text(), parse_constant=pytest.fail)
-    assert {"machine", "command", "methods", "paired"} <= found.keys()
+    assert {"machine", "command", "methods", "paired", "matched"} <= found.keys()
     assert found["methods"].keys() == {"base", "lora", "para"}
     promised = {
         "subject_similarity",
