@@ -8,8 +8,8 @@ from comfy_api.latest import io
 
 from ..trainers.artifact import Personalization
 from ..trainers.edits import WAYS, CombinedReduction, Edit, RankReduction, combine, of_weights
-from ..trainers.errors import InputError
-from .bridge import PREFIX
+from ..trainers.errors import InputError, brief, printable
+from .bridge import PREFIX, own_weights
 from .load import STRENGTH, add_edits, fitting_edits, site_names, title
 from .wires import CATEGORY, PersonalizedWire, at
 
@@ -113,7 +113,7 @@ def split(edits: Mapping[str, dict[str, Edit]]) -> tuple[Reductions, dict[str, d
 
 def check_ranks(reductions: Reductions, model: ModelPatcher) -> None:
     """Raise InputError when several subjects together ask for a whole layer."""
-    names, own = site_names(model), model.model.diffusion_model.state_dict()
+    names, own = site_names(model), own_weights(model)
     for site, of_site in reductions.items():
         ranks, width = [r.basis.shape[1] for r in of_site], len(own[names[site]])
         if len(ranks) > 1 and sum(ranks) >= width:
@@ -122,6 +122,11 @@ def check_ranks(reductions: Reductions, model: ModelPatcher) -> None:
                 f"gives up {' + '.join(map(str, ranks))} output directions of {site}, which has "
                 f"{width}; combine fewer subjects, or train them with a lower rank.",
             )
+
+
+def prompt(learned: Personalization) -> str:
+    """Return its instance prompt, short enough for a line."""
+    return brief(printable(learned.header.instance_prompt))
 
 
 def report(
@@ -134,7 +139,7 @@ def report(
 ) -> str:
     """Say in plain words what was combined, in the order in which it acts."""
     inputs = [
-        f"{name}: {title(one)} after {one.header.step} steps, '{one.header.instance_prompt}'"
+        f"{name}: {title(one)} after {one.header.step} steps, '{prompt(one)}'"
         for name, one in learned.items()
     ]
     lines = [f"{len(inputs)} personalisations, strength {strength:g}:", *inputs]

@@ -22,11 +22,11 @@ from ..trainers.edits import (
     Rotation,
     of_weights,
 )
-from ..trainers.errors import InputError
+from ..trainers.errors import InputError, brief, printable
 from ..trainers.methods import METHODS
 from ..trainers.run import NAMED, Run, list_runs
 from ..trainers.time_aware import SITE, TimeAware, block_of
-from .bridge import PREFIX, fingerprint, twin_names
+from .bridge import PREFIX, fingerprint, own_weights, twin_names
 from .inject import add_time_aware
 from .wires import CATEGORY, PersonalizedWire, at
 
@@ -137,7 +137,7 @@ def fitting_edits(
     model: ModelPatcher, learned: Personalization, input_name: str = "model"
 ) -> dict[str, Edit | TimeAware]:
     """Return what was learned by site. Raises InputError when it does not fit this base."""
-    names, own = site_names(model), model.model.diffusion_model.state_dict()
+    names, own = site_names(model), own_weights(model)
     edits, unknown = learned.edits(list(names))
     shapes = {site: own[name].shape for site, name in names.items()}
     unfit = [site for site, edit in of_weights(edits).items() if not edit.fits(shapes[site])]
@@ -145,11 +145,11 @@ def fitting_edits(
     if isinstance(adapter, TimeAware) and not adapter.fits(shapes):
         unfit.append(SITE)
     if unknown or unfit or not edits:
-        here, there = fingerprint(model), learned.header.base
+        here, there = fingerprint(model), origin(learned)
         raise InputError(
             input_name,
-            f"does not fit: this {learned.header.method} file was trained on {there.get('family')} "
-            f"({there.get('geometry')}), the model is {here['family']} ({here['geometry']}); "
+            f"does not fit: this {there['method']} file was trained on {there['family']} "
+            f"({there['geometry']}), the model is {here['family']} ({here['geometry']}); "
             f"{len(edits) - len(unfit)} layers match, {len(unfit)} have another shape, "
             f"{len(unknown)} keys belong to no layer. Connect the kind of base it was trained on.",
         )
@@ -182,14 +182,20 @@ def report(learned: Personalization, here: dict[str, str], layers: int, strength
     return (
         f"{method} after {header.step} steps: all {layers} layers{adapter} matched, "
         f"{learned.parameters:,} learned numbers, strength {strength:g}, on {base}.\n"
-        f"Use these words in your prompt: {header.instance_prompt}"
+        f"Use these words in your prompt: {brief(printable(header.instance_prompt), 1000)}"
     )
+
+
+def origin(learned: Personalization) -> dict[str, str]:
+    """Return what a file says it was trained by and on, short enough for a message."""
+    facts = {"method": learned.header.method} | learned.header.base
+    return {name: brief(facts.get(name), 40) for name in ("method", "family", "geometry")}
 
 
 def title(learned: Personalization) -> str:
     """Return the name of its method, for people."""
     name = learned.header.method
-    return METHODS[name].title if name in METHODS else name
+    return METHODS[name].title if name in METHODS else brief(printable(name), 40)
 
 
 class Apply(io.ComfyNode):

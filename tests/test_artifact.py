@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from personalize.trainers.artifact import FORMAT, HEADER, Header, Personalization, atomic
-from personalize.trainers.edits import LowRank, RankReduction
+from personalize.trainers.edits import LowRank, RankReduction, of_weights
 from personalize.trainers.errors import InputError
 from tests.tiny import noise, same
 
@@ -212,8 +213,82 @@ def test_numbers_that_are_not_finite_are_refused(path, learned, value):
     assert "finite" in refusal(rewritten(path, metadata, tensors))
 
 
+def test_numbers_that_nothing_can_be_computed_with_are_refused(path, learned):
+    name = next(iter(learned.tensors))
+    tensors = learned.tensors | {name: torch.full_like(learned.tensors[name], -3e38)}
+    assert "as large as 3e+38" in refusal(rewritten(path, {HEADER: json.dumps(GOOD)}, tensors))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_numbers_of_another_type_are_refused(path, learned, kind):
+    tensors = {name: tensor.to(kind) for name, tensor in learned.tensors.items()}
+    reason = refusal(rewritten(path, {HEADER: json.dumps(GOOD)}, tensors))
+    assert reason.endswith(f"which has numbers of type {str(kind)[6:]}; choose another.")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_halves_and_doubles_are_read(path, learned, kind):
+    tensors = {name: tensor.to(kind) for name, tensor in learned.tensors.items()}
+    loaded = Personalization.load(rewritten(path, {HEADER: json.dumps(GOOD)}, tensors))
+    assert len(loaded.edits(list(EDITS))[0]) == len(EDITS)
+
+
+HOSTILE = "\x1b[2J\n<b>" + "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"format": 10**4000}, {"step": 10**4000}, {HOSTILE: 1}, {"method": [HOSTILE]}],
+    ids=["format", "step", "surplus", "kind"],
+)
+def test_a_hostile_header_is_told_in_one_short_line(path, header):
+    reason = refusal(rewritten(path, {HEADER: json.dumps(GOOD | header)}))
+    assert len(reason) < 500 and reason.isprintable()
+
+
+def test_a_foreign_file_is_told_before_its_numbers_are_read(path):
+    """A checkpoint of gigabytes: sparse here, so that reading it would be noticed."""
+    import resource
+
+    count = 1 << 30
+    shape = {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}
+    header = json.dumps({"__metadata__": {"format": "pt"}, "model.weight": shape}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + 4 * count)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "Load LoRA" in refusal(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
 def test_a_file_without_tensors_is_refused(path):
     assert "no tensors" in refusal(rewritten(path, {HEADER: json.dumps(GOOD)}, {}))
+
+
+LONELY = {
+    "lora_unet_a_b.lora_down.weight": noise(2, 6),
+    "lora_unet_a_b.lora_up.weight": noise(5, 2),
+}
+BLOCK = "time_aware.scaling.{}.expand.bias"
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        LONELY | {"lora_unet_a_b.alpha": noise(2)},
+        {BLOCK.format("keys"): noise(8), "time_aware.scaling.keys.reduce.weight": noise(32, 16)},
+        {BLOCK.format(""): noise(8), "time_aware.scaling..reduce.weight": noise(32, 16)},
+        {BLOCK.format("x"): noise(8)},
+        {
+            BLOCK.format("x"): torch.empty(0, 2**50),
+            "time_aware.scaling.x.reduce.weight": torch.empty(0, 2**50),
+        },
+    ],
+    ids=["two alphas", "a method's name", "no name", "no times", "sizes beyond memory"],
+)
+def test_tensors_of_no_layer_are_an_input_error(learned, tensors):
+    odd = dataclasses.replace(learned, tensors=tensors)
+    with pytest.raises(InputError, match="'checkpoint' is damaged"):
+        odd.edits(["a.b", "c"])
 
 
 def test_tensors_that_do_not_belong_together_are_an_input_error(learned):
@@ -221,3 +296,39 @@ def test_tensors_that_do_not_belong_together_are_an_input_error(learned):
     odd = dataclasses.replace(learned, tensors=learned.tensors | {name: noise(5, 3)})
     with pytest.raises(InputError, match=r"'checkpoint' .*\(5, 3\)"):
         odd.edits(["a.b", "c"])
+
+
+# Files of the past
+
+
+FORMATS = Path(__file__).parent / "formats"
+QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+SHAPES = {QUERY: (8, 8), "conv_in": (8, 4, 3, 3), "conv_in.bias": (8,)}
+
+
+@pytest.mark.parametrize(
+    "name, method, kinds",
+    [
+        ("lora", "lora", {"LowRank"}),
+        ("para", "para", {"RankReduction"}),
+        ("free_weights", "dreambooth", {"Difference"}),
+        ("oft", "selective_zo", {"Rotation"}),
+        ("a3ft", "a3ft", {"Difference", "TimeAware"}),
+    ],
+)
+def test_files_of_every_format_are_read(name, method, kinds):
+    """tests/formats/<format>/ was written by the first version that knew each kind of edit."""
+    loaded = Personalization.load(FORMATS / "1" / f"{name}.safetensors")
+    header = loaded.header
+    assert (header.method, header.step, header.run, header.format) == (method, 3, "", 1)
+    edits, unknown = loaded.edits([QUERY, "conv_in", "conv_in.bias"])
+    assert not unknown and {type(edit).__name__ for edit in edits.values()} == kinds
+    for site, edit in of_weights(edits).items():
+        weight = torch.ones(SHAPES[site])
+        assert edit.fits(weight.shape)
+        changed = edit.apply(weight)
+        assert changed.isfinite().all() and not torch.equal(changed, weight)
+
+
+def test_there_is_a_file_of_every_format():
+    assert {folder.name for folder in FORMATS.iterdir()} == set(map(str, range(1, FORMAT + 1)))

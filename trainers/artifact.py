@@ -1,25 +1,34 @@
 """A personalisation on disk: edits and a JSON header in one safetensors file."""
 
+import glob
 import json
+import math
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, get_origin
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .edits import Edit, from_tensors, to_tensors
-from .errors import InputError
+from .errors import DiskError, InputError, brief, reason_of
 from .time_aware import TimeAware
 
 FORMAT = 1
 HEADER = "personalize"  # key of our JSON in the file's metadata
+NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that a file may hold
+LARGEST = 1e12  # that a file may hold: products of two stay far from what fp32 can not hold
+MOST_STEPS = 10**12
+LEFT_BEHIND = 3600  # seconds after which a temporary file is nobody's any more
+UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -84,19 +93,33 @@ class Personalization:
             raise InputError(input_name, f"names {path.name}, which is not there any more.")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                header = _read_header(file.metadata() or {}, path.name, input_name)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
-            # OSError's own text would show the folder
-            reason = error.strerror if isinstance(error, OSError) else error
+        except InputError:
+            raise
+        except UNREADABLE as error:
             raise InputError(
-                input_name, f"names {path.name}, which is damaged ({reason}); choose another."
+                input_name,
+                f"names {path.name}, which is damaged ({reason_of(error)}); choose another.",
             ) from error
-        header = _read_header(metadata, path.name, input_name)
-        if not tensors or not all(tensor.float().isfinite().all() for tensor in tensors.values()):
-            reason = "numbers that are not finite" if tensors else "no tensors"
-            raise InputError(input_name, f"names {path.name}, which has {reason}; choose another.")
+        if problem := _wrong_numbers(tensors):
+            raise InputError(input_name, f"names {path.name}, which has {problem}; choose another.")
         return cls(header, tensors)
+
+
+def _wrong_numbers(tensors: Mapping[str, Tensor]) -> str:
+    """Say what of a file's tensors can not have been learned; or nothing."""
+    if not tensors:
+        return "no tensors"
+    kinds = {
+        str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype not in NUMBERS
+    }
+    if kinds:
+        return f"numbers of type {', '.join(sorted(kinds))}"
+    largest = [float(tensor.abs().max()) for tensor in tensors.values() if tensor.numel()]
+    if not all(map(math.isfinite, largest)):  # NaN is the maximum of what holds one
+        return "numbers that are not finite"
+    return f"numbers as large as {max(largest):.1g}" if max(largest, default=0.0) > LARGEST else ""
 
 
 def _read_header(metadata: dict[str, str], file: str, input_name: str) -> Header:
@@ -110,14 +133,16 @@ def _read_header(metadata: dict[str, str], file: str, input_name: str) -> Header
         if values["format"] > FORMAT:
             raise InputError(
                 input_name,
-                f"names {file} of format {values['format']}; this version reads up to {FORMAT}. "
-                "Update Personalize.",
+                f"names {file} of format {brief(values['format'], 40)}; this version reads up to "
+                f"{FORMAT}. Update Personalize.",
             )
         return _checked(Header(**values))
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(input_name, f"names {file}, whose header is damaged ({error}).") from error
+        raise InputError(
+            input_name, f"names {file}, whose header is damaged ({brief(error)}); choose another."
+        ) from error
 
 
 def _checked(header: Header) -> Header:
@@ -127,7 +152,7 @@ def _checked(header: Header) -> Header:
         value = getattr(header, field.name)
         if type(value) is not kind:
             raise TypeError(f"{field.name} is {type(value).__name__}, not {kind.__name__}")
-    if header.step < 0 or header.format < 1:
+    if not 0 <= header.step <= MOST_STEPS or header.format < 1:
         raise ValueError(f"step {header.step}, format {header.format}")
     return header
 
@@ -147,12 +172,37 @@ def modelspec(header: Header) -> dict[str, str]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path` that replaces it when the block succeeds."""
+    """Give a temporary file beside `path` that replaces it when the block succeeds.
+
+    Raises DiskError when it can not be written; `path` is then as it was before.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with open(temporary, "r+b") as file:  # Windows syncs only what it may write
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise DiskError(path.name, reason_of(error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            _remove_left_behind(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a new name survive a power cut, where the system can: not on Windows."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Delete what a killed process left of an earlier try to write `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if time.time() - left.stat().st_mtime > LEFT_BEHIND:
+            left.unlink(missing_ok=True)

@@ -65,6 +65,8 @@ class LowRank:
     def from_tensors(cls, down: Tensor, up: Tensor, alpha: Tensor) -> "LowRank":
         if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
             raise ValueError(f"up {tuple(up.shape)} and down {tuple(down.shape)} do not multiply")
+        if alpha.numel() != 1:
+            raise ValueError(f"alpha {tuple(alpha.shape)} is not one number")
         return cls(down, up, float(alpha))
 
     def fits(self, shape: torch.Size) -> bool:

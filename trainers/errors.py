@@ -1,4 +1,6 @@
-"""The one error of the border: which input, what was got, what was expected, what to do."""
+"""The errors of the border: which input or file, what was got, what was expected, what to do."""
+
+import unicodedata
 
 
 class InputError(ValueError):
@@ -8,5 +10,39 @@ class InputError(ValueError):
     """
 
     def __init__(self, input_name: str, problem: str):
-        super().__init__(f"'{input_name}' {problem}")
+        super().__init__(printable(f"'{input_name}' {problem}"))
         self.input_name = input_name
+
+
+class DiskError(OSError):
+    """Report a file that could not be written; the message leaves out where it lies."""
+
+    def __init__(self, file: str, reason: str):
+        super().__init__(
+            printable(
+                f"could not write {file} ({reason}); make room on the disk, or check that ComfyUI "
+                "may write to its output folder. What was written before is whole."
+            )
+        )
+
+
+def printable(text: str) -> str:
+    """Return a text without what moves a terminal's cursor, breaks lines or hides characters."""
+    return "".join(map(_escaped, text))
+
+
+def brief(text: object, most: int = 200) -> str:
+    """Return what came from outside, short enough for a message."""
+    whole = str(text)
+    return whole if len(whole) <= most else f"{whole[: most - 1]}…"
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error says, without the folder that an OSError's own text shows."""
+    known = error.strerror if isinstance(error, OSError) else None
+    return brief(known or error)
+
+
+def _escaped(character: str) -> str:
+    unseen = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    return ascii(character)[1:-1] if unseen else character

@@ -149,11 +149,11 @@ class TimeAware(nn.Module, BaseTunerLayer):
         time_channels = {size for n, size in sizes.items() if n[2:] == ("reduce", "weight")}
         if not widths or len(time_channels) != 1:
             raise ValueError(f"{SITE} has {len(widths)} blocks for {len(time_channels)} times")
-        with torch.device("meta"):  # the sizes are a file's: allocate nothing for them
-            adapter = cls(widths, time_channels.pop())
         try:
+            with torch.device("meta"):  # the sizes are a file's: allocate nothing for them
+                adapter = cls(widths, time_channels.pop())
             adapter.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:
+        except (RuntimeError, KeyError, TypeError) as error:  # KeyError: of names that are taken
             raise ValueError(f"{SITE}: {str(error).splitlines()[-1].strip()}") from error
         return adapter.requires_grad_(False)
 

@@ -1,0 +1,141 @@
+"""Thousands of damaged checkpoints: each is loaded, or refused in one sentence. Nothing else."""
+
+import random
+import resource
+import signal
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from personalize.nodes import load
+from personalize.trainers.artifact import Personalization
+from personalize.trainers.edits import of_weights
+from personalize.trainers.errors import InputError
+from personalize.trainers.methods import METHODS
+from personalize.trainers.time_aware import SITE
+from tests.mutations import DAMAGES
+from tests.test_load import train_on
+from tests.tiny import comfy_model
+
+QUICK, WHOLE = 560, 14_000  # files
+SECONDS = 20  # that one file may take
+MEMORY = 300  # MB that all of them may add to the process
+
+
+@pytest.fixture(scope="module")
+def base():
+    return comfy_model()
+
+
+@pytest.fixture(scope="module")
+def good(base, tmp_path_factory) -> dict[str, bytes]:
+    """A small good file of every method, trained for a step: the smallest layers of each."""
+    folder = tmp_path_factory.mktemp("good")
+    files = {}
+    for name, method in METHODS.items():
+        learned, _ = train_on(base, method, steps=1)
+        path = folder / f"{name}.safetensors"
+        smallest(learned, base).save(path)
+        files[name] = path.read_bytes()
+    return files
+
+
+def smallest(learned: Personalization, base, layers: int = 6) -> Personalization:
+    """Keep the edits of the layers with the fewest numbers, and every module that joins."""
+    edits, _ = learned.edits(list(load.site_names(base)))
+    sizes = {site: sum(t.numel() for t in edit.tensors().values()) for site, edit in edits.items()}
+    kept = sorted(of_weights(edits), key=lambda site: sizes[site])[:layers]
+    chosen = {site: edits[site] for site in (*kept, *({SITE} & edits.keys()))}
+    return Personalization.of(learned.header, chosen, learned.header.step)
+
+
+@contextmanager
+def time_limit(seconds: int):
+    """Fail instead of hanging."""
+
+    def late(*_):
+        raise AssertionError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def attempt(path: Path, base) -> str:
+    """Load a file, put it on the base and compute its weights; return how it was refused."""
+    try:
+        learned = Personalization.load(path)
+        patched, text = load.personalize(base, learned, 1.0)
+        edits, _ = learned.edits(list(load.site_names(base)))
+    except InputError as error:
+        return str(error)
+    assert len(text) < 3000
+    weights = base.model.diffusion_model.state_dict()
+    for site, edit in of_weights(edits).items():
+        assert edit.apply(weights[load.site_names(base)[site]].detach()).isfinite().all(), site
+    assert patched is not base
+    return ""
+
+
+def is_one_sentence(message: str, path: Path) -> bool:
+    return len(message) < 1500 and message.isprintable() and str(path.parent) not in message
+
+
+def assault(count: int, good: dict[str, bytes], base, folder: Path) -> Counter:
+    """Try `count` damaged files, the same ones every time; return how they ended, by damage."""
+    path, ended = folder / "fuzz.safetensors", Counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in range(count):
+        rng = random.Random(seed)
+        method, damage = rng.choice(list(good)), DAMAGES[seed % len(DAMAGES)]
+        path.write_bytes(damage(good[method], rng))
+        with time_limit(SECONDS):
+            try:
+                refused = attempt(path, base)
+            except Exception as error:
+                raise AssertionError(f"file {seed}: {damage.__name__} of {method}") from error
+        assert not refused or is_one_sentence(refused, path), (seed, refused)
+        assert damage.__name__ != "newer" or "Update Personalize" in refused, (seed, refused)
+        ended[damage.__name__, "refused" if refused else "loaded"] += 1
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < MEMORY, f"{grown:.0f} MB"
+    return ended
+
+
+def test_every_method_has_a_good_file(good, base, tmp_path):
+    for name, file in good.items():
+        (tmp_path / name).write_bytes(file)
+        assert attempt(tmp_path / name, base) == "" and len(file) < 400_000
+
+
+def test_damaged_files_are_loaded_or_refused(good, base, tmp_path):
+    ended = assault(QUICK, good, base, tmp_path)
+    assert ended.total() == QUICK
+    for damage in ("cut", "header_length", "foreign", "newer"):
+        assert not ended[damage, "loaded"]
+    assert ended["flip_data", "loaded"] > 10  # a flipped bit in a number is mostly a number
+
+
+@pytest.mark.stress
+def test_more_than_ten_thousand_damaged_files_are_loaded_or_refused(good, base, tmp_path):
+    ended = assault(WHOLE, good, base, tmp_path)
+    print(f"\n{ended.total()} damaged files: {dict(sorted(ended.items()))}")
+
+
+def test_the_harness_notices_what_it_looks_for(good, base, tmp_path, monkeypatch):
+    def careless(path, input_name="checkpoint"):
+        raise KeyError(path)
+
+    monkeypatch.setattr(Personalization, "load", careless)
+    with pytest.raises(AssertionError, match="file 0"):
+        assault(1, good, base, tmp_path)
+    with pytest.raises(AssertionError, match="took more"), time_limit(1):
+        while True:
+            torch.zeros(1)
