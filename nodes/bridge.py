@@ -11,6 +11,7 @@ import comfy.supported_models as families
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QuantizedTensor
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
@@ -18,7 +19,11 @@ from ..trainers.denoiser import Denoiser
 from ..trainers.errors import InputError
 
 PREFIX = "diffusion_model."
-SUPPORTED = {families.SD15: "stable-diffusion-v1", families.SD20: "stable-diffusion-v2"}
+SUPPORTED = {
+    families.SD15: "stable-diffusion-v1",
+    families.SD20: "stable-diffusion-v2",
+    families.SDXL: "stable-diffusion-xl-v1-base",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -35,17 +40,25 @@ def denoiser_of(model: ModelPatcher, precision: str = "fp32") -> Denoiser:
             f"carries {', '.join(unseen)}, which training can not see; connect the model from "
             "before that node, and put the node behind training.",
         )
-    unet_config = model.model.model_config.unet_config
     weights = twin_weights(model, DTYPES[precision])
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**twin_config(unet_config))
+        unet = UNet2DConditionModel(**twin_config(model.model.model_config.unet_config))
     missing, unexpected = unet.load_state_dict(weights, strict=False, assign=True)
     unexpected += sorted(set(own_weights(model)) - set(twin_names(model).values()))
     if missing or unexpected:
         raise InputError(
             "model",
             f"has an unknown layout: {len(missing)} weights missing ({missing[:3]}), "
-            f"{len(unexpected)} unexpected ({unexpected[:3]}); use a stock SD 1.x or 2.x U-Net.",
+            f"{len(unexpected)} unexpected ({unexpected[:3]}); use a stock U-Net of SD 1.x, SD 2.x "
+            "or SDXL.",
+        )
+    if compressed := [w for w in own_weights(model).values() if is_compressed(w)]:
+        logging.info(
+            "Personalize: %d weights of the base are stored in 8 bits or less (%s); the copy that "
+            "is trained on has them in %s",
+            len(compressed),
+            ", ".join(sorted({storage(weight) for weight in compressed})),
+            precision,
         )
     return Denoiser(unet, *schedule(model))
 
@@ -86,15 +99,16 @@ def schedule(model: ModelPatcher) -> tuple[Tensor, str]:
 def family(model: ModelPatcher) -> str:
     """Name the base's family. Raises InputError when it is not supported."""
     config = model.model.model_config
-    unet_config = getattr(config, "unet_config", {})
-    for known, name in SUPPORTED.items():
-        if isinstance(config, known) and unet_config.get("in_channels") == 4:
-            return name
+    # the first that ComfyUI lists: some derive from others, and the demo's from SD15
+    known = next((kind for kind in type(config).__mro__ if kind in families.models), type(config))
+    channels = getattr(config, "unet_config", {}).get("in_channels")
+    if known in SUPPORTED and channels == 4:
+        return SUPPORTED[known]
+    kind = f" with {channels} input channels, not 4 (inpainting?)" if known in SUPPORTED else ""
     raise InputError(
         "model",
-        f"is {type(config).__name__} with {unet_config.get('in_channels', '?')} input channels; "
-        "this version trains Stable Diffusion 1.x and 2.x text-to-image models. "
-        "Load such a checkpoint.",
+        f"is {known.__name__}{kind}; this version trains the text-to-image models of "
+        "Stable Diffusion 1.x, Stable Diffusion 2.x and SDXL base. Load such a checkpoint.",
     )
 
 
@@ -108,6 +122,11 @@ def twin_config(c: dict[str, Any]) -> dict[str, Any]:
     heads = [n // head_channels if head_channels > 0 else c["num_heads"] for n in channels]
     down = ["CrossAttnDownBlock2D" if depth_at[i] else "DownBlock2D" for i in levels]
     up = ["CrossAttnUpBlock2D" if depth_at[i] else "UpBlock2D" for i in reversed(levels)]
+    told = {  # SDXL: the pooled text, and six sizes as 256 numbers each
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": c["adm_in_channels"],
+    }
     return {
         "in_channels": c["in_channels"],
         "out_channels": c["out_channels"],
@@ -122,6 +141,7 @@ def twin_config(c: dict[str, Any]) -> dict[str, Any]:
         "attention_head_dim": tuple(heads),  # diffusers' name for the number of heads
         "cross_attention_dim": c["context_dim"],
         "use_linear_projection": c.get("use_linear_in_transformer", False),
+        **(told if c.get("adm_in_channels") else {}),
     }
 
 
@@ -139,19 +159,47 @@ def own_weights(model: ModelPatcher) -> dict[str, Tensor]:
     Sampling leaves the patches of one clone written into the weights that all clones share; what
     was there before is in the backup that they share as well.
     """
-    own = model.model.diffusion_model.state_dict()
+    own = {
+        name: weight
+        for name, weight in model.model.diffusion_model.named_parameters()
+        if not name.endswith(".input_scale")  # of a quantised layer's inputs, no weight
+    }
     before = {name: model.backup.get(PREFIX + name) for name in own}
     return {name: b.weight if (b := before[name]) else weight for name, weight in own.items()}
 
 
 def twin_names(model: ModelPatcher) -> dict[str, str]:
     """Map diffusers' weight names to those of ComfyUI's U-Net."""
-    own = model.model.diffusion_model.state_dict().keys()
+    own = {name for name, _ in model.model.diffusion_model.named_parameters()}
     mapping = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    return {twin: name for twin, name in mapping.items() if name in own}
+    return {
+        twin: name
+        for twin, name in mapping.items()
+        if name in own and not twin.startswith("class_embedding.")  # SDXL's is add_embedding
+    }
+
+
+def is_compressed(weight: Tensor) -> bool:
+    """Tell whether a weight is quantised, or stored in 8 bits."""
+    return isinstance(weight, QuantizedTensor) or weight.dtype.itemsize == 1
+
+
+def storage(weight: Tensor) -> str:
+    """Name what a weight is stored in."""
+    if isinstance(weight, QuantizedTensor):
+        return f"{weight.storage_dtype} with scales"
+    return str(weight.dtype)
+
+
+def plain(weight: Tensor) -> Tensor:
+    """Return a weight as numbers: fp32 for a quantised one, else itself."""
+    if isinstance(weight, QuantizedTensor):
+        return weight.to(dtype=torch.float32).dequantize()
+    return weight
 
 
 def _weight(model: ModelPatcher, key: str, weight: Tensor) -> Tensor:
+    weight = plain(weight)
     if key in model.patches:
         return comfy.lora.calculate_weight(model.patches[key], weight.float().clone(), key)
     return _without_inference_flag(weight)
@@ -173,7 +221,7 @@ def fingerprint(model: ModelPatcher) -> dict[str, str]:
     geometry, weights, patches = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for name, weight in sorted(own_weights(model).items()):
         geometry.update(f"{name}{tuple(weight.shape)}".encode())
-        sample = weight.flatten()[:64].float().cpu().contiguous()
+        sample = plain(weight).flatten()[:64].float().cpu().contiguous()
         weights.update(sample.numpy().tobytes())
     for key, applied in sorted(model.patches.items()):
         for strength, patch, *_ in applied:

@@ -1,6 +1,6 @@
 """Personal Dataset: pictures and captions in, latents and text states out; all problems at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -9,11 +9,12 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..trainers.data import Example, PersonalData
+from ..trainers.data import NO_POOLED, Example, Origin, PersonalData
 from ..trainers.errors import InputError
 from .wires import CATEGORY, PersonalDataWire, at
 
 FITS = ("crop", "pad", "as is")
+SIZES = ("as sampled", "as photographed")
 
 
 class Dataset(io.ComfyNode):
@@ -64,7 +65,7 @@ class Dataset(io.ComfyNode):
                     max=4096,
                     step=8,
                     tooltip="Side of the training pictures in pixels, for SD a multiple of 64: 512 "
-                    "for SD 1.x, 768 for SD 2.x-v; 128 for the demo base.",
+                    "for SD 1.x, 768 for SD 2.x-v, 1024 for SDXL; 128 for the demo base.",
                 ),
                 io.Combo.Input(
                     "fit",
@@ -86,6 +87,17 @@ class Dataset(io.ComfyNode):
                     optional=True,
                     tooltip="Pictures of the class, best made by the base itself with the class "
                     "prompt; they keep the class from turning into the subject.",
+                ),
+                io.Combo.Input(
+                    "size_conditioning",
+                    options=list(SIZES),
+                    default=SIZES[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="SDXL only: the sizes that it is told of a training picture. as "
+                    "sampled: what CLIP Text Encode tells it when you sample, a whole picture of "
+                    "this size. as photographed: the photograph's own size and where it was cut, "
+                    "so that blur and cut-off heads are not taken for the subject's.",
                 ),
             ],
             outputs=[
@@ -117,6 +129,7 @@ class Request:
     resolution: list[int]
     fit: list[str]
     hold_out: list[int]
+    size_conditioning: list[str] = field(default_factory=lambda: [SIZES[0]])
 
     def check(self, pictures: list[Tensor], prior: list[Tensor]) -> None:
         """Raise InputError for what does not go together."""
@@ -206,6 +219,7 @@ def prepare(
 ) -> PersonalData:
     """Encode everything once; the progress bar counts pictures."""
     side, fit = request.resolution[0], request.fit[0]
+    as_sampled = request.size_conditioning[0] == SIZES[0]
     captions = request.captions_for(len(pictures))
     progress = comfy.utils.ProgressBar(len(pictures) + len(prior))
     texts = {text: encode_text(clip, text) for text in {*captions, request.class_prompt[0], ""}}
@@ -215,7 +229,8 @@ def prepare(
         channels_first = pixels.movedim(-1, 0) * 2 - 1
         latent = encode_pixels(vae, channels_first[None])[0]
         progress.update(1)
-        return Example(channels_first, latent, caption, texts[caption])
+        origin = None if as_sampled else origin_of(picture, fit)
+        return Example(channels_first, latent, caption, *texts[caption], origin)
 
     examples = [example(p, c) for p, c in zip(pictures, captions, strict=True)]
     kept = len(examples) - request.hold_out[0]
@@ -223,7 +238,8 @@ def prepare(
         training=tuple(examples[:kept]),
         held_out=tuple(examples[kept:]),
         prior=tuple(example(p, request.class_prompt[0]) for p in prior),
-        empty_context=texts[""],
+        empty_context=texts[""][0],
+        empty_pooled=texts[""][1],
         instance_prompt=request.instance_prompt[0],
         class_prompt=request.class_prompt[0],
         encode=partial(encode_pixels, vae),
@@ -245,13 +261,28 @@ def fitted(picture: Tensor, side: int, fit: str) -> Tensor:
     return scaled[0].movedim(0, -1).clamp(0, 1)
 
 
+def origin_of(picture: Tensor, fit: str) -> Origin:
+    """Tell where in a picture (H, W, 3) `fitted` cuts; padding cuts nothing."""
+    size = height, width = picture.shape[0], picture.shape[1]
+    if fit == "pad":
+        return Origin(size, (0.0, 0.0))
+    square = min(size)
+    return Origin(size, ((height - square) / 2 / square, (width - square) / 2 / square))
+
+
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
     """Return the latents of pixels (N, 3, H, W) in [-1, 1]: (N, C, h, w), fp32 on the CPU."""
     return vae.encode((pixels.movedim(1, -1) + 1) / 2).clone().float().cpu()
 
 
-def encode_text(clip: Any, text: str) -> Tensor:
-    """Return the text states of a caption, (L, D), fp32 on the CPU; brackets are only brackets."""
+def encode_text(clip: Any, text: str) -> tuple[Tensor, Tensor]:
+    """Return a caption's text states (L, D) and pooled text (P,), fp32 on the CPU.
+
+    Brackets are only brackets. P is 0 for a text encoder that has no pooled text.
+    """
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text, disable_weights=True))
-    return conditioning[0][0][0].clone().float().cpu()
+    states, told = conditioning[0]
+    pooled = told.get("pooled_output")
+    pooled = NO_POOLED if pooled is None else pooled[0]
+    return states[0].clone().float().cpu(), pooled.clone().float().cpu()

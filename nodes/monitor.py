@@ -19,7 +19,7 @@ from ..trainers.errors import InputError
 from ..trainers.method import generator
 from ..trainers.settings import knob
 from ..trainers.verdict import Rules
-from .data import encode_text, fitted, opaque, unpack
+from .data import encode_text, fitted, opaque, origin_of, unpack
 from .widgets import widget
 from .wires import CATEGORY, MonitorWire, at
 
@@ -174,7 +174,7 @@ class Monitor(io.ComfyNode):
                 nothing=Prompt.of(clip, "") if texts or prior else None,
                 vae=vae,
                 held_out=tuple(opaque(picture) for picture in pictures),
-                held_out_context=encode_text(clip, caption) if caption else None,
+                held_out_text=encode_text(clip, caption) if caption else None,
             )
             return io.NodeOutput(monitoring)
 
@@ -191,12 +191,13 @@ class Prompt:
     text: str
     conditioning: list[Any]
     context: Tensor  # (L, D)
+    pooled: Tensor  # (P,)
 
     @classmethod
     def of(cls, clip: Any, text: str) -> "Prompt":
         """Encode a text."""
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-        return cls(text, conditioning, encode_text(clip, text))
+        return cls(text, conditioning, *encode_text(clip, text))
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ class Monitoring:
     nothing: Prompt | None = None  # the negative prompt of both
     vae: Any = None
     held_out: tuple[Tensor, ...] = ()  # (H, W, 3) in [0, 1]
-    held_out_context: Tensor | None = None  # (L, D); None: that of the instance prompt
+    # text states (L, D) and pooled text (P,); None: those of the instance prompt
+    held_out_text: tuple[Tensor, Tensor] | None = None
 
     def every(self, steps: int) -> int:
         """Return the steps between two evaluations of a run."""
@@ -236,16 +238,20 @@ class Monitoring:
     def _held_out(self, data: PersonalData) -> tuple[Example, ...]:
         """Encode the connected pictures as the dataset's own are."""
         side = data.training[0].pixels.shape[-1]
-        pixels = [fitted(p, side, "crop").movedim(-1, 0) * 2 - 1 for p in self.held_out]
-        return tuple(
-            Example(p, data.encode(p[None])[0], data.instance_prompt, self._context(data))
-            for p in pixels
-        )
+        as_photographed = data.training[0].origin is not None
 
-    def _context(self, data: PersonalData) -> Tensor:
-        if self.held_out_context is not None:
-            return self.held_out_context
-        known = {e.caption: e.context for e in (*data.training, *data.held_out)}
+        def example(picture: Tensor) -> Example:
+            pixels = fitted(picture, side, "crop").movedim(-1, 0) * 2 - 1
+            latent = data.encode(pixels[None])[0]
+            origin = origin_of(picture, "crop") if as_photographed else None
+            return Example(pixels, latent, data.instance_prompt, *self._text(data), origin)
+
+        return tuple(example(picture) for picture in self.held_out)
+
+    def _text(self, data: PersonalData) -> tuple[Tensor, Tensor]:
+        if self.held_out_text is not None:
+            return self.held_out_text
+        known = {e.caption: (e.context, e.pooled) for e in (*data.training, *data.held_out)}
         if data.instance_prompt not in known:
             raise InputError(
                 "held_out_caption",
@@ -260,7 +266,8 @@ class Monitoring:
         for index, prompt in enumerate(self.prior):
             count = PRIOR_PICTURES // len(self.prior) + (index < PRIOR_PICTURES % len(self.prior))
             latents = self.sample(base, prompt, shape, max(1, count))
-            drawn += [Example(torch.empty(0), x, prompt.text, prompt.context) for x in latents]
+            text = prompt.text, prompt.context, prompt.pooled
+            drawn += [Example(torch.empty(0), x, *text) for x in latents]
         return tuple(drawn)
 
     @torch.no_grad()

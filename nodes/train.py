@@ -292,7 +292,9 @@ def in_network_scale(data: PersonalData, model: ModelPatcher, denoiser: Denoiser
     """Bring the latents to the network's scale. Raises InputError when data and base do not fit."""
     sample = data.training[0]
     width = denoiser.unet.config["cross_attention_dim"]
-    if sample.context.shape[-1] != width or sample.latent.shape[0] != 4:
+    pooled = denoiser.pooled_width
+    alike = sample.context.shape[-1] == width and pooled in (0, len(sample.pooled))
+    if not alike or sample.latent.shape[0] != 4:
         raise InputError(
             "data",
             f"was encoded with text states of width {sample.context.shape[-1]} and "

@@ -283,13 +283,14 @@ def test_the_fingerprint_knows_what_was_applied_upstream():
 
 
 def test_another_family_is_refused_by_name():
-    config = geometry((64, 128), adm_in_channels=None)
-    reason = refusal(comfy_model(config, family="SDXL"))
-    assert "SDXL" in reason and "Stable Diffusion 1.x and 2.x" in reason
+    config = geometry((64, 128), **SD2 | {"num_head_channels": 64})
+    reason = refusal(comfy_model(config, family="SDXLRefiner"))
+    assert "SDXLRefiner" in reason
+    assert "Stable Diffusion 1.x, Stable Diffusion 2.x and SDXL base" in reason
 
 
 def test_an_inpainting_model_is_refused():
-    assert "9 input channels" in refusal(comfy_model(geometry(in_channels=9)))
+    assert "SD15 with 9 input channels" in refusal(comfy_model(geometry(in_channels=9)))
 
 
 @pytest.mark.parametrize("family", ["SD21UnclipL", "LotusD"])

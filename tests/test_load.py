@@ -290,8 +290,8 @@ def test_a_file_that_matches_in_part_is_refused(lora, base):
 
 
 def test_an_unsupported_model_is_refused(lora):
-    with pytest.raises(InputError, match="SDXL"):
-        load.personalize(comfy_model(geometry((64, 128)), family="SDXL"), lora[0], 1.0)
+    with pytest.raises(InputError, match="SDXLRefiner"):
+        load.personalize(comfy_model(geometry((64, 128)), family="SDXLRefiner"), lora[0], 1.0)
 
 
 def test_an_edit_for_what_is_no_matrix_is_refused(lora, base):

@@ -166,6 +166,21 @@ def geometry(
     }
 
 
+def sdxl_geometry(**changes: Any) -> dict[str, Any]:
+    """Describe a narrow SDXL: three levels, the first without attention, more transformer
+    blocks further down, 64 channels per head, pooled text and sizes.
+    """
+    config = {
+        "use_linear_in_transformer": True,
+        "transformer_depth_middle": 2,
+        "num_head_channels": 64,
+        "num_classes": "sequential",
+        "adm_in_channels": WIDTH + 6 * 256,
+        **changes,
+    }
+    return geometry((64, 64, 128), (0, 1, 2), blocks=2, **config)
+
+
 def comfy_model(
     config: dict[str, Any] | None = None,
     family: str = "SD15",
@@ -182,7 +197,8 @@ def comfy_model(
     known = getattr(comfy.supported_models, family)({**config})
     known.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
     kind = comfy.model_base.ModelType[prediction]
-    base = comfy.model_base.BaseModel(known, kind, device="cpu")
+    kinds = {"SDXL": comfy.model_base.SDXL}
+    base = kinds.get(family, comfy.model_base.BaseModel)(known, kind, device="cpu")
     randomise(base.diffusion_model, seed)
     cpu = torch.device("cpu")
     return comfy.model_patcher.CoreModelPatcher(base, load_device=cpu, offload_device=cpu)
@@ -200,10 +216,13 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
             parameter.copy_(values)
 
 
-def comfy_output(model, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-    """Return what a MODEL computes once ComfyUI has loaded it, patches and all."""
+def comfy_output(model, x: Tensor, timesteps: Tensor, context: Tensor, y=None) -> Tensor:
+    """Return what a MODEL computes once ComfyUI has loaded it, patches and all.
+
+    y: (B, adm) what SDXL is told besides.
+    """
     import comfy.model_management
 
     comfy.model_management.load_models_gpu([model])
     with torch.no_grad():
-        return model.model.diffusion_model(x, timesteps, context=context).clone()
+        return model.model.diffusion_model(x, timesteps, context=context, y=y).clone()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -9,6 +10,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+SIZES = 6  # numbers that SDXL is told of a picture
 
 
 class Denoiser(nn.Module):
@@ -45,12 +48,35 @@ class Denoiser(nn.Module):
         """What a latent's sides must be a multiple of, so that every level halves evenly."""
         return 2 ** (len(self.unet.config["block_out_channels"]) - 1)
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    @property
+    def pooled_width(self) -> int:
+        """P, the width of the pooled text that SDXL is told besides; 0 for other bases."""
+        config = self.unet.config
+        if config["addition_embed_type"] != "text_time":
+            return 0
+        of_sizes = SIZES * config["addition_time_embed_dim"]
+        return config["projection_class_embeddings_input_dim"] - of_sizes
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
         """Return the prediction, (B, C, h, w) fp32.
 
-        noisy: (B, C, h, w); timesteps: (B,) int in [0, T); context: (B, L, D) text states.
+        noisy: (B, C, h, w); timesteps: (B,) int in [0, T); context: (B, L, D) text states;
+        pooled: (B, P) and sizes: (B, 6), see Example: only SDXL looks at these two.
         """
-        predicted = self.unet(noisy.to(self.dtype), timesteps, context.to(self.dtype))
+        told: Any = None
+        if self.pooled_width:
+            assert pooled is not None and sizes is not None
+            told = {"text_embeds": pooled.to(self.dtype), "time_ids": sizes}
+        predicted = self.unet(
+            noisy.to(self.dtype), timesteps, context.to(self.dtype), added_cond_kwargs=told
+        )
         return predicted.sample.float()
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

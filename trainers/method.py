@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Batch, Example, PersonalData, stack_contexts
+from .data import Batch, Example, PersonalData, conditions
 from .denoiser import Denoiser
 from .edits import Edit
 from .settings import Settings as CommonSettings
@@ -147,17 +147,25 @@ def assemble(
     if settings.noise_offset > 0:
         noise = noise + settings.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=rng)
     unsaid = torch.rand(count, generator=rng) < settings.caption_dropout
-    contexts = [
-        data.empty_context if drop else example.context
+    said = [
+        data.unsaid(example) if drop else example
         for drop, example in zip(unsaid.tolist(), examples, strict=True)
     ]
     seed = generator(draws.seed, 4, draws.index).initial_seed()
-    return Batch(latents, noise, timesteps, stack_contexts(contexts), weight, of_subject, seed)
+    return Batch(
+        latents,
+        noise,
+        timesteps,
+        **conditions(said),
+        weight=weight,
+        of_subject=of_subject,
+        seed=seed,
+    )
 
 
 def denoising_loss(denoiser: Denoiser, batch: Batch) -> Tensor:
     """Return || target - prediction ||^2, averaged within each example: (B,)."""
     noisy = denoiser.noised(batch.latents, batch.noise, batch.timesteps)
-    predicted = denoiser(noisy, batch.timesteps, batch.context)
+    predicted = denoiser(noisy, batch.timesteps, *batch.conditions)
     target = denoiser.target(batch.latents, batch.noise, batch.timesteps)
     return F.mse_loss(predicted, target, reduction="none").flatten(1).mean(1)

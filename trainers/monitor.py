@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Batch, Example, stack_contexts
+from .data import Batch, Example, conditions
 from .denoiser import Denoiser
 from .method import denoising_loss, generator
 
@@ -149,11 +149,7 @@ class Probe:
         timesteps = torch.tensor([int(place * timestep_count / BINS) for place in places])
         latents = torch.stack([example.latent for example in chosen])
         noise = [torch.randn(latents[0].shape, generator=generator(0, 3, row)) for row in rows]
-        contexts = stack_contexts([example.context for example in chosen])
-        ones = torch.ones(len(chosen))
-        return cls(
-            Batch(latents, torch.stack(noise), timesteps, contexts, ones, ones.bool(), seed=0)
-        )
+        return cls(fixed_batch(chosen, latents, torch.stack(noise), timesteps))
 
     @torch.no_grad()
     def ask(self, denoiser: Denoiser) -> Answer:
@@ -162,7 +158,7 @@ class Probe:
         for batch in self._parts():
             batch = batch.to(denoiser.device)
             noisy = denoiser.noised(batch.latents, batch.noise, batch.timesteps)
-            predicted = denoiser(noisy, batch.timesteps, batch.context)
+            predicted = denoiser(noisy, batch.timesteps, *batch.conditions)
             target = denoiser.target(batch.latents, batch.noise, batch.timesteps)
             cleaned = denoiser.cleaned(noisy, predicted, batch.timesteps)
             losses.append((predicted - target).square().flatten(1).mean(1).cpu())
@@ -208,10 +204,24 @@ def fixed_batches(denoiser: Denoiser, examples: Sequence[Example]) -> Iterator[B
     for index, example in enumerate(examples):
         latents = example.latent.expand(TIMESTEPS, *example.latent.shape)
         noise = torch.randn(latents.shape, generator=generator(0, 3, index))
-        context = example.context.expand(TIMESTEPS, *example.context.shape)
-        ones = torch.ones(TIMESTEPS)
-        batch = Batch(latents, noise, timesteps, context, ones, ones.bool(), seed=0)
+        batch = fixed_batch([example] * TIMESTEPS, latents, noise, timesteps)
         yield batch.to(denoiser.device)
+
+
+def fixed_batch(
+    examples: Sequence[Example], latents: Tensor, noise: Tensor, timesteps: Tensor
+) -> Batch:
+    """Return a batch of examples that count alike."""
+    ones = torch.ones(len(examples))
+    return Batch(
+        latents,
+        noise,
+        timesteps,
+        **conditions(examples),
+        weight=ones,
+        of_subject=ones.bool(),
+        seed=0,
+    )
 
 
 @torch.no_grad()
@@ -236,7 +246,7 @@ def grain(denoiser: Denoiser, examples: Sequence[Example]) -> Tensor:
     rows = []
     for batch in fixed_batches(denoiser, examples):
         noisy = denoiser.noised(batch.latents, batch.noise, batch.timesteps)
-        predicted = denoiser(noisy, batch.timesteps, batch.context)
+        predicted = denoiser(noisy, batch.timesteps, *batch.conditions)
         rows.append(high_frequency_energy(denoiser.cleaned(noisy, predicted, batch.timesteps)))
     return torch.stack(rows)
 

@@ -15,7 +15,7 @@ ROLES = {
     "feed-forward": r"\.ff\.net\.(0\.proj|2)$",
     "projection": r"\.attentions\.\d+\.proj_(in|out)$",
     "resnet": r"\.(resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.0\.conv)$",
-    "time": r"(^time_embedding\.linear_\d|\.time_emb_proj)$",
+    "time": r"(^(time|add)_embedding\.linear_\d|\.time_emb_proj)$",  # add: SDXL's text and sizes
     "self-attention norm": r"\.(transformer_blocks\.\d+\.norm1|attentions\.\d+\.group_norm)$",
     "cross-attention norm": r"\.transformer_blocks\.\d+\.norm2$",
     "norm": r"(\.transformer_blocks\.\d+\.norm3|\.attentions\.\d+\.norm|\.resnets\.\d+\.norm\d"

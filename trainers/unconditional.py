@@ -34,7 +34,7 @@ NO_TEXT = torch.zeros(1, 0)  # (L, D): what stands for text states
 class PixelDenoiser(Denoiser):
     """Predict noise (or velocity) on pixels; `unet` is a UNet2DModel, text is not looked at."""
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, timesteps: Tensor, *_: Any) -> Tensor:
         """Return the prediction, (B, C, H, W) fp32, for noisy pixels (B, C, H, W)."""
         dtype = self.unet.conv_in.weight.dtype
         return self.unet(noisy.to(dtype), timesteps).sample.float()
