@@ -1,5 +1,7 @@
 """The evaluations of one run: measured, sampled, kept on disk, and judged."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,6 +18,7 @@ from ..trainers.loop import Step
 from ..trainers.monitor import Evaluation, Examination, rounds_for
 from ..trainers.run import BEST, Run
 from ..trainers.settings import Settings
+from ..trainers.state import finite
 from ..trainers.verdict import (
     Rules,
     best_step,
@@ -27,7 +30,7 @@ from ..trainers.verdict import (
     watched,
 )
 from .load import personalize
-from .monitor import Monitoring
+from .monitor import Monitoring, stop_when_interrupted
 
 Line = dict[str, Any]  # of history.jsonl
 
@@ -45,13 +48,38 @@ class Evaluator:
     model: ModelPatcher | None  # the base, to sample with
     evaluations: list[Evaluation] = field(default_factory=list)
     newest: Image.Image | None = None  # sample, until it is shown
+    # steps whose checkpoints a run would need that goes on from the state on disk
+    settled: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         data, s = self.data, self.settings
         splits = {"train": data.training, "held_out": data.held_out, "prior": data.prior}
         per_step = s.batch_size * s.gradient_accumulation
         rounds = rounds_for(per_step, self.every, sum(map(bool, splits.values())))
-        self.examination = Examination(self.denoiser, splits, rounds)
+        with interruptible(self.denoiser):
+            self.examination = Examination(self.denoiser, splits, rounds)
+
+    def take_up(self, lines: Sequence[Line]) -> None:
+        """Go on from what the history tells; the best checkpoint is the best of these again."""
+        self.evaluations = [Evaluation.from_line(line) for line in lines]
+        self.settle()
+        if self.settled and f"step {self.settled[0]}" in self.run.checkpoints():
+            self.run.make_best(self.settled[0])
+
+    def settle(self) -> None:
+        """Take note that the state on disk has all the evaluations so far."""
+        self.settled = self._wanted()
+
+    def knows(self, step: int) -> bool:
+        """Tell whether a step was evaluated."""
+        return any(evaluation.step == step for evaluation in self.evaluations)
+
+    def _wanted(self) -> list[int]:
+        """Return the steps whose checkpoints are to stay, the best first; none: the last does."""
+        rules = self.monitoring.settings
+        if watched(self.evaluations, rules) is None:
+            return []
+        return ranking(self.evaluations, rules)[: rules.keep]
 
     @property
     def every(self) -> int:
@@ -93,7 +121,7 @@ class Evaluator:
 
         last: no other evaluation comes after it.
         """
-        with step.kept():
+        with step.kept(), interruptible(self.denoiser):
             evaluation = self.examination.evaluate(self.denoiser, step.index)
         self.evaluations.append(evaluation)
         self._keep(step)
@@ -118,17 +146,25 @@ class Evaluator:
         }
 
     def _keep(self, step: Step) -> None:
-        """Write a checkpoint that is among the best, and delete those that are no longer."""
-        rules = self.monitoring.settings
-        if watched(self.evaluations, rules) is None:
+        """Write a checkpoint that is among the best, and delete those that are not."""
+        wanted = self._wanted()
+        if not wanted:
             return  # the last is the best, and is written anyway
-        wanted = ranking(self.evaluations, rules)[: rules.keep]
         if step.index in wanted:
-            learned = Personalization.of(self.header, step.learned(), step.index)
-            self.run.save(learned, f"step {step.index}")
+            self.run.save(learned_by(step, self.header), f"step {step.index}")
         if wanted[0] == step.index:
             self.run.make_best(step.index)
-        spared = {*wanted, *self.run.pinned()}
+        self._tidy()
+
+    def finish(self) -> None:
+        """Keep only what is wanted of a run that will not go on."""
+        self.settle()
+        if self.settled:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Delete checkpoints that are no longer among the best, here and in the state on disk."""
+        spared = {*self._wanted(), *self.settled, *self.run.pinned()}
         for old in (evaluation.step for evaluation in self.evaluations):
             if old not in spared and not saved(self.settings, old):
                 self.run.remove(old)
@@ -137,7 +173,7 @@ class Evaluator:
         """Sample what a user would get now."""
         if self.model is None or not self.monitoring.shown:
             return NO_SAMPLES
-        learned = Personalization.of(self.header, step.learned(), step.index)
+        learned = learned_by(step, self.header)
         return self._sampled(step.index, personalize(self.model, learned, 1.0)[0])
 
     def _sampled(self, step: int, model: ModelPatcher | None) -> Line:
@@ -163,6 +199,33 @@ class Evaluator:
 
 
 NO_SAMPLES: Line = {"samples": [], "nearest": None, "diversity": None}
+
+
+def learned_by(step: Step, header: Header) -> Personalization:
+    """Return what is learned after a step.
+
+    Raises FloatingPointError when that is not finite: no such file is ever written.
+    """
+    learned = Personalization.of(header, step.learned(), step.index)
+    if not finite(learned.tensors.values()):
+        raise FloatingPointError(
+            f"what is learned is not finite any more after step {step.index}: lower "
+            f"'learning_rate' (it is {step.learning_rate:g})"
+        )
+    return learned
+
+
+@contextmanager
+def interruptible(denoiser: Denoiser) -> Iterator[None]:
+    """Inside, the stop button is heeded before every pass through the network.
+
+    Not for steps: they are heeded between, where all is whole.
+    """
+    hook = denoiser.register_forward_pre_hook(stop_when_interrupted)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def saved(settings: Settings, step: int) -> bool:

@@ -1,12 +1,15 @@
 """One training node per method; its widgets are read off the method's Settings."""
 
 import dataclasses
+import hashlib
 import inspect
+import math
 import sys
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import comfy.model_management
 import comfy.utils
@@ -22,21 +25,25 @@ from ..trainers.errors import InputError
 from ..trainers.loop import train
 from ..trainers.method import Method
 from ..trainers.monitor import over_fitting
-from ..trainers.run import Run, check_name
+from ..trainers.report import History
+from ..trainers.resume import Found, find, sketch
+from ..trainers.run import BEST, FAILED, INTERRUPTED, LAST, Run, check_name, held
 from . import control
 from .bridge import choose_precision, denoiser_of, fingerprint
-from .evaluate import Evaluator
+from .evaluate import Evaluator, interruptible
 from .load import personalize, runs_root
-from .monitor import Material, Monitoring
-from .watch import INTERRUPTED, Watch
+from .monitor import Material, Monitoring, stop_when_interrupted
+from .watch import Watch
 from .widgets import widget
 from .wires import CATEGORY, MonitorWire, PersonalDataWire, PersonalizedWire, at
 
+A_WHILE = 10.0  # seconds that a new run waits for another server that just looks at it
 NAME = io.String.Input(
     "name",
     default="my subject",
-    tooltip="The run's folder in output/personalized. A name that is taken gets a number: no run "
-    "is ever overwritten.",
+    tooltip="The run's folder in output/personalized. Queued again, a cancelled run goes on, and a "
+    "finished one is handed on as it is. When anything changed, the new run gets a number: none is "
+    "ever overwritten.",
 )
 MONITOR = MonitorWire.Input(
     "monitor",
@@ -62,7 +69,7 @@ class TrainNode(io.ComfyNode):
             node_id=f"PersonalizeTrain{method.__name__}",
             display_name=f"Train {method.title}",
             category=f"{CATEGORY}/train",
-            description=inspect.getdoc(sys.modules[method.__module__]) or "",
+            description=described(inspect.getdoc(sys.modules[method.__module__]) or ""),
             search_aliases=[
                 f"train {method.title.lower()}",
                 "fine-tune",
@@ -98,6 +105,11 @@ class TrainNode(io.ComfyNode):
             patched, _ = personalize(model, learned, 1.0)
         summary = ui.PreviewText(session.summary(learned))
         return io.NodeOutput(patched, learned, {"loss": session.losses}, ui=summary)
+
+
+def described(method: str) -> str:
+    """Add to a method's description what all training nodes do."""
+    return f"{method}\n\nCancel whenever you like, and queue again: the run goes on where it was."
 
 
 class Base(Protocol):
@@ -158,31 +170,46 @@ class Session:
     monitoring: Monitoring | None = None
     watch: Watch | None = None  # since the first step
     over_fitting: dict[str, float] = dataclasses.field(default_factory=dict)  # see the monitor
+    said: str = ""  # about an earlier run of that name
+    earlier: History | None = None  # of a finished run, if that is what comes out
 
     def train(self) -> Personalization:
         """Train to the end and return what was learned, or the best of it.
 
-        However it ends, what was learned so far is on disk and the memory is free.
+        A run that broke off goes on; of one that is finished, the result is returned. However it
+        ends, what was learned so far is on disk and the memory is free.
         """
-        material = self._material()
-        comfy.model_management.unload_all_models()
+        inputs = self._inputs()
+        found = find(runs_root(), self.name, inputs, defaults(self.method))
+        if found.run is not None and found.state is None:
+            try:
+                return self._handed_on(found.run)
+            except InputError as error:  # what it had learned is gone
+                found = Found(why=str(error).removesuffix("."))
+        with held(found.claim):
+            return self._on_device(found, inputs)
+
+    def _on_device(self, found: Found, inputs: dict[str, Any]) -> Personalization:
+        """Train with the memory to itself, and leave it free."""
         device = comfy.model_management.get_torch_device()
-        precision = choose_precision(self.method.settings.precision, device)
-        denoiser = self.base.denoiser(precision)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        try:
-            scaled = (self.base.in_network_scale(d, denoiser) for d in material)
-            return self._train(denoiser.to(device), Material(*scaled))
-        except comfy.model_management.OOM_EXCEPTION as error:
-            raise MemoryError(
-                "out of memory. Switch 'gradient_checkpointing' on, set 'precision' to bf16, lower "
-                f"'batch_size' (it is {self.method.settings.batch_size}) or train on smaller "
-                "pictures (the dataset's 'resolution')"
-            ) from error
-        finally:
-            denoiser.to("meta")  # a traceback may hold the network, but not its weights
-            comfy.model_management.soft_empty_cache()
+        denoiser: Denoiser | None = None
+        with explained(self.method):
+            try:
+                material = self._material()
+                comfy.model_management.unload_all_models()
+                self._say("preparing the network")
+                stop_when_interrupted()
+                precision = choose_precision(self.method.settings.precision, device)
+                denoiser = self.base.denoiser(precision)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                trained, measured = (self.base.in_network_scale(d, denoiser) for d in material)
+                stop_when_interrupted()
+                return self._train(denoiser.to(device), Material(trained, measured), found, inputs)
+            finally:
+                if denoiser is not None:
+                    denoiser.to("meta")  # a traceback may hold the network, but not its weights
+                comfy.model_management.soft_empty_cache()
 
     @property
     def model(self) -> ModelPatcher | None:
@@ -192,36 +219,46 @@ class Session:
     def _material(self) -> Material:
         if self.monitoring is None:
             return Material(self.data, self.data)
+        self._say("preparing the monitor")
         return self.monitoring.prepare(self.data, self.model, self.method.settings.seed)
 
-    def _train(self, denoiser: Denoiser, material: Material) -> Personalization:
+    def _say(self, text: str) -> None:
+        PromptServer.instance.send_progress_text(text, self.place.node)
+
+    def _train(
+        self, denoiser: Denoiser, material: Material, found: Found, inputs: dict[str, Any]
+    ) -> Personalization:
         progress = comfy.utils.ProgressBar(self.method.settings.steps, node_id=self.place.node)
-        PromptServer.instance.send_progress_text("preparing the network", self.place.node)
-        facts: dict[str, float] = {}
-        with closing(train(self.method, denoiser, material.trained)) as steps:
+        with closing(train(self.method, denoiser, material.trained, found.state)) as steps:
             first = step = next(steps)  # a run that can not start leaves no folder
-            run, header = self._create()
-            with control.running(run.name, self.place.node, self.place.workflow) as wishes:
-                watch = Watch(run, header, self.method.settings, wishes, progress)
+            run = found.run or self._create(inputs)
+            self.said = self._story(found, run)
+            header = replace(self._header(), run=run.name)
+            with (
+                held(run.claim(patience=A_WHILE) if found.claim is None else None),
+                control.running(run.name, self.place.node, self.place.workflow) as wishes,
+            ):
+                watch = Watch(run, header, self.method.settings, wishes, progress, self.said)
                 self.watch = watch
                 try:
-                    watch.begin(self._evaluator(denoiser, material.measured, watch))
+                    lines = run.cut(first.index) if found.state is not None else []
+                    watch.begin(self._evaluator(denoiser, material.measured, watch), lines)
                     for step in chain([first], steps):
                         going = watch.after(step)
-                        comfy.model_management.throw_exception_if_processing_interrupted()
+                        stop_when_interrupted()
                         if not going:
                             break
                     facts = self._facts(denoiser, material.trained)
-                except comfy.model_management.InterruptProcessingException:
-                    watch.reason = INTERRUPTED
-                    raise
-                finally:
                     learned = watch.end(step, facts | peak_memory(denoiser.device))
+                except BaseException as error:
+                    cancel = isinstance(error, comfy.model_management.InterruptProcessingException)
+                    watch.rescue(step, INTERRUPTED if cancel else FAILED)
+                    raise
         return watch.evaluator.restored(learned) if watch.evaluator else learned
 
-    def _create(self) -> tuple[Run, Header]:
-        """Make the run's folder; return it and the header of its files."""
-        header = Header(
+    def _header(self) -> Header:
+        """Return the header of the run's files."""
+        return Header(
             method=self.method.name,
             step=0,
             settings=self.method.settings.as_dict(),
@@ -230,8 +267,38 @@ class Session:
             class_prompt=self.data.class_prompt,
             data=self.data.fingerprint(),
         )
-        run = Run.create(runs_root(), self.name, header)
-        return run, replace(header, run=run.name)
+
+    def _inputs(self) -> dict[str, Any]:
+        """Return all that a run depends on, for run.json."""
+        monitor = described_monitor(self.monitoring) if self.monitoring is not None else None
+        return asdict(self._header()) | {"monitor": monitor, "encoded": sketch(self.data)}
+
+    def _create(self, inputs: dict[str, Any]) -> Run:
+        """Make the run's folder."""
+        more = {name: inputs[name] for name in ("monitor", "encoded")}
+        return Run.create(runs_root(), self.name, self._header(), **more)
+
+    def _story(self, found: Found, run: Run) -> str:
+        """Say how the run came to be; nothing of the first one of a name."""
+        if found.state is not None:
+            return f"run '{run.name}' resumed at step {found.state.done.index}"
+        return f"new run '{run.name}': {found.why}" if found.why else ""
+
+    def _handed_on(self, run: Run) -> Personalization:
+        """Return the result of a finished run. Raises InputError when it is not there any more."""
+        lines = run.history()
+        best = self.monitoring is not None and self.monitoring.settings.restore_best
+        there = run.checkpoints()
+        learned = run.load(BEST if best and BEST in there else LAST)
+        self.earlier = History.of(lines)
+        self.said = (
+            f"run '{run.name}' {lines[-1]['reason']} before, and nothing changed since: it was "
+            "not trained again"
+        )
+        with control.running(run.name, self.place.node, self.place.workflow) as wishes:
+            wishes.tell(lines[-1])  # the page shows it
+        self._say(self.said)
+        return learned
 
     def _evaluator(
         self, denoiser: Denoiser, measured: PersonalData, watch: Watch
@@ -251,29 +318,41 @@ class Session:
     def _facts(self, denoiser: Denoiser, data: PersonalData) -> dict[str, float]:
         """Measure once at the end what no monitor has measured."""
         if self.monitoring is None and data.held_out:
-            self.over_fitting = over_fitting(denoiser, data.training, data.held_out)
+            with interruptible(denoiser):
+                self.over_fitting = over_fitting(denoiser, data.training, data.held_out)
         return self.over_fitting
 
     @property
     def losses(self) -> list[float]:
-        """The loss of every step."""
-        return self.watch.losses if self.watch is not None else []
+        """The loss of every step that had one."""
+        if self.earlier is not None:
+            return [loss for _, loss in self.earlier.losses]
+        losses = self.watch.losses if self.watch is not None else []
+        return [loss for loss in losses if math.isfinite(loss)]
 
     def summary(self, learned: Personalization) -> str:
         """Say what came out, for the node's face."""
+        if self.earlier is not None:
+            return (
+                f"{self.method.title}: {self.said}. {self.earlier.verdict.capitalize()}. What "
+                f"comes out is step {learned.header.step}"
+            )
         assert self.watch is not None
-        return (
-            f"{self.method.title}: {len(self.losses)} steps, loss {self.watch.recent_loss():.4f} "
+        watch = self.watch
+        text = (
+            f"{self.method.title}: {len(watch.losses)} steps, loss {watch.recent_loss():.4f} "
             f"(mean of the last 50), {learned.parameters:,} learned numbers, "
-            f"saved as run '{self.watch.run.name}'{self._verdict_text(learned)}"
+            f"saved as run '{watch.run.name}'{self._verdict_text(learned)}"
         )
+        more = [*watch.trouble, *filter(None, [self.said])]
+        return ". ".join([text, *(f"{said[0].upper()}{said[1:]}" for said in more)])
 
     def _verdict_text(self, learned: Personalization) -> str:
         assert self.watch is not None
         if self.watch.evaluator is not None:
             share, step = self.watch.share, learned.header.step
             text = f". {self.watch.evaluator.verdict.capitalize()}. Measuring took {share:.0%}"
-            if step != len(self.losses):
+            if step != len(self.watch.losses):
                 return f"{text}. What comes out is step {step}"
             return text
         if not self.over_fitting:
@@ -281,6 +360,47 @@ class Session:
         base, tuned = (self.over_fitting[f"held_out_loss{of}"] for of in ("_of_base", ""))
         verdict = "it generalises" if tuned < base else "it over-fits: train less"
         return f". On the pictures held out: loss {tuned:.4f}, the base's {base:.4f}: {verdict}"
+
+
+@contextmanager
+def explained(method: Method) -> Iterator[None]:
+    """Name the knobs when memory runs out inside."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryError(
+            "out of memory. Switch 'gradient_checkpointing' on, set 'precision' to bf16, lower "
+            f"'batch_size' (it is {method.settings.batch_size}) or train on smaller "
+            "pictures (the dataset's 'resolution')"
+        ) from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether an error is a lack of memory, of a device or the host."""
+    if isinstance(error, (MemoryError, comfy.model_management.OOM_EXCEPTION)):
+        return True
+    host = "DefaultCPUAllocator", "not enough memory"  # torch says so in a RuntimeError
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in host)
+
+
+def defaults(method: Method) -> dict[str, Any]:
+    """Return the default of every setting."""
+    return {field.name: field.default for field in dataclasses.fields(type(method.settings))}
+
+
+def described_monitor(monitoring: Monitoring) -> dict[str, Any]:
+    """Return what a monitor was told, for run.json."""
+    digest = hashlib.sha256()
+    for picture in monitoring.held_out:
+        digest.update(picture.contiguous().numpy().tobytes())
+    return {
+        **asdict(monitoring.settings),
+        "prompts": [prompt.text for prompt in monitoring.shown],
+        "prior_prompts": [prompt.text for prompt in monitoring.prior],
+        "held_out": digest.hexdigest()[:16] if monitoring.held_out else None,
+    }
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

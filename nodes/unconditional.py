@@ -26,7 +26,7 @@ from ..trainers.unconditional import (
 )
 from .data import FITS, fitted, opaque, unpack
 from .load import STRENGTH, Load, report, runs_root
-from .train import LEARNED, MONITOR, NAME, Place, Session
+from .train import LEARNED, MONITOR, NAME, Place, Session, described
 from .widgets import widget
 from .wires import CATEGORY, PersonalizedWire, PixelDataWire, UnconditionalWire, at
 
@@ -229,7 +229,7 @@ class TrainUnconditional(io.ComfyNode):
             node_id="PersonalizeTrainUnconditional",
             display_name="Train A3FT (Unconditional)",
             category=f"{CATEGORY}/train",
-            description=inspect.getdoc(a3ft) or "",
+            description=described(inspect.getdoc(a3ft) or ""),
             search_aliases=["train a3ft", "fine-tune ddpm", "domain adaptation", "few-shot"],
             is_output_node=True,
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],

@@ -1,74 +1,151 @@
 """What happens beside a training: history, checkpoints, and what people are told."""
 
+import logging
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import comfy.utils
 from server import PromptServer
 
 from ..trainers.artifact import Header, Personalization
+from ..trainers.health import explosion
 from ..trainers.loop import Step
-from ..trainers.run import LAST, Run
+from ..trainers.run import BY_HAND, EARLY, FAILED, FINISHED, LAST, Run
 from ..trainers.settings import Settings
 from .control import Control
-from .evaluate import Evaluator, Line, saved
+from .evaluate import Evaluator, Line, learned_by, saved
 
-BY_HAND, EARLY, FINISHED = "stopped by hand", "stopped early", "finished"
-INTERRUPTED, FAILED = "interrupted", "failed"
 PREVIEW = 512  # pixels, the most a preview is wide
+STATE_EVERY = (
+    30.0  # seconds, the most that a killed server may lose where states are quick to write
+)
+STATE_SHARE = 0.05  # of the time that writing states may take, else
+RECENT = 200  # gradients that tell what is usual
 
 
 @dataclass
 class Watch:
-    """Follows a run: call `begin`, `after` every step, and `end` with the last."""
+    """Follows a run: call `begin`, `after` every step, and `end` with the last; or `rescue`."""
 
     run: Run
     header: Header
     settings: Settings
     control: Control
     progress: comfy.utils.ProgressBar
+    said: str = ""  # about how the run came to be
     evaluator: Evaluator | None = None
-    losses: list[float] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
+    losses: list[float] = field(default_factory=list)  # of every step; NaN: it was left out
+    norms: list[float] = field(default_factory=list)  # of their gradients
+    started: float = field(default_factory=time.monotonic)  # less what it took before this process
     evaluating: float = 0.0  # seconds so far
     reason: str = FAILED  # why the run ended, until that is known
+    exploded: str = ""  # what there is to say of it
+    first: int = 0  # steps that were made before this process
+    began: float = field(default_factory=time.monotonic)
+    kept_at: float = field(default_factory=time.monotonic)
+    keeping: float = 0.0  # seconds that the last state took to write
 
-    def begin(self, evaluator: Evaluator | None) -> None:
-        """Say how the base stands; `evaluator` where a monitor is connected."""
+    def begin(self, evaluator: Evaluator | None, lines: Sequence[Line] = ()) -> None:
+        """Take up what the history has told already, or say how the base stands.
+
+        evaluator: where a monitor is connected.
+        """
         self.evaluator = evaluator
+        steps = [line for line in lines if "learning_rate" in line]
+        self.losses = [line.get("loss", math.nan) for line in steps]
+        self.norms = [line.get("gradient_norm", math.nan) for line in steps]
+        self.first = len(steps)
+        measured = [line for line in lines if line.get("evaluation")]
+        self.started -= max((line["seconds"] for line in measured), default=0.0)
+        self.evaluating = sum(line["evaluation_seconds"] for line in measured)
         if evaluator is not None:
-            self._evaluated(time.monotonic(), evaluator.of_base())
+            evaluator.take_up(measured)
+            if not measured:
+                self._evaluated(time.monotonic(), evaluator.of_base())
 
     def after(self, step: Step) -> bool:
-        """Record a step, evaluate it when it is time; return whether to go on."""
-        self.losses.append(step.loss)
-        facts = {"loss": step.loss, "learning_rate": step.learning_rate, **step.facts}
-        self._log({"step": step.index, **facts})
+        """Record a step, evaluate it when it is time; return whether to go on.
+
+        What the history tells of the step already is not done again.
+        """
+        if step.index > len(self.losses):
+            self._record(step)
         self._save(step)
         over = FINISHED if step.index == self.settings.steps else ""
         over = over or (BY_HAND if self.control.stopping else "")
-        if self.evaluator is not None and (over or self.evaluator.due(step.index)):
+        evaluates = self.evaluator is not None and not self.evaluator.knows(step.index)
+        if evaluates and (over or self.evaluator.due(step.index)):
             self._evaluated(time.monotonic(), self.evaluator.evaluate(step, last=bool(over)))
+        if self.evaluator is not None:
             over = over or (EARLY if self.evaluator.done else "")
+        if not over and self._state_is_due(step.index):
+            self._keep_state(step)
         self._show(step.index)
         self.reason = over or self.reason
         return not over
 
     def end(self, step: Step, facts: Line) -> Personalization:
         """Keep the last checkpoint and say how the run ended; return what was learned."""
-        learned = Personalization.of(self.header, step.learned(), step.index)
+        learned = learned_by(step, self.header)
         self.run.save(learned, LAST)
+        self._log_end(step, facts)
+        self.run.state.unlink(missing_ok=True)
+        if self.evaluator is not None:
+            self.evaluator.finish()
+        return learned
+
+    def rescue(self, step: Step, reason: str) -> None:
+        """Keep what there is of a run that breaks off after a step, as far as that can be done."""
+        self.reason = reason
+        for keep in (self._keep_state, self._log_end):
+            try:
+                keep(step)
+            except Exception as error:  # what the run broke off with is what people shall read
+                logging.warning(f"Personalize: run '{self.run.name}' kept less: {error}")
+
+    def _record(self, step: Step) -> None:
+        """Put what a step did into the history."""
+        self.losses.append(step.loss)
+        self.norms.append(step.gradient_norm)
+        numbers = {"loss": step.loss, "gradient_norm": step.gradient_norm}
+        facts = {"learning_rate": step.learning_rate, **step.facts}
+        times = explosion(self.norms[-RECENT:])
+        if times is not None:
+            facts["gradient_exploded"] = times  # so many times the usual
+            self.exploded = f"the gradient was {times:.0f} times as long as usual at {step.index}"
+        known = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        self._log({"step": step.index, **known, **facts})
+
+    def _log_end(self, step: Step, facts: Line | None = None) -> None:
         best = self.evaluator.best if self.evaluator is not None else None
         ending = {"step": step.index, "reason": self.reason, "best_step": best}
-        self._log({"end": True, **ending, **facts})
-        return learned
+        self._log({"end": True, **ending, **(facts or {})})
+
+    def _state_is_due(self, step: int) -> bool:
+        """Tell whether to write the state: with what is kept anyway, and every so often."""
+        since = time.monotonic() - self.kept_at
+        kept = saved(self.settings, step)
+        kept = kept or (self.evaluator is not None and self.evaluator.due(step))
+        return since * STATE_SHARE >= self.keeping and (kept or since >= STATE_EVERY)
+
+    def _keep_state(self, step: Step) -> None:
+        """Write what it takes to go on after a step, and what is learned."""
+        began = time.monotonic()
+        self.run.sync()
+        step.state().save(self.run.state)
+        self.run.save(learned_by(step, self.header), LAST)
+        if self.evaluator is not None:
+            self.evaluator.settle()
+        self.kept_at = time.monotonic()
+        self.keeping = self.kept_at - began
 
     def _save(self, step: Step) -> None:
         """Write the checkpoint of a step that someone asked for."""
         pins = self.control.take_pins()
         if None in pins or saved(self.settings, step.index):
-            learned = Personalization.of(self.header, step.learned(), step.index)
-            self.run.save(learned, f"step {step.index}")
+            self.run.save(learned_by(step, self.header), f"step {step.index}")
         there = self.run.checkpoints()
         for pin in (step.index if pin is None else pin for pin in pins):
             if f"step {pin}" in there:
@@ -94,17 +171,26 @@ class Watch:
 
     def _text(self, step: int) -> str:
         total = self.settings.steps
-        rate = max(1, step - 1) / max(1e-9, time.monotonic() - self.started)
+        rate = max(1, step - self.first - 1) / max(1e-9, time.monotonic() - self.began)
         text = (
             f"step {step} of {total}, loss {self.recent_loss():.4f}, "
             f"{rate:.2f} steps/s, {(total - step) / rate:.0f} s left"
         )
-        return text if self.evaluator is None else f"{text}\n{self.evaluator.verdict}"
+        verdict = self.evaluator.verdict if self.evaluator is not None else ""
+        return "\n".join(filter(None, [text, verdict, *self.trouble, self.said]))
+
+    @property
+    def trouble(self) -> list[str]:
+        """Say what went wrong with the numbers so far."""
+        left_out = sum(not math.isfinite(loss) for loss in self.losses)
+        steps = "1 step was" if left_out == 1 else f"{left_out} steps were"
+        said = f"{steps} left out: the loss or its gradient was not finite" if left_out else ""
+        return [text for text in (said, self.exploded) if text]
 
     def recent_loss(self) -> float:
-        """Return the mean loss of the last 50 steps."""
-        recent = self.losses[-50:]
-        return sum(recent) / len(recent)
+        """Return the mean loss of the last 50 steps that had one."""
+        recent = [loss for loss in self.losses[-50:] if math.isfinite(loss)]
+        return sum(recent) / len(recent) if recent else math.nan
 
     @property
     def share(self) -> float:

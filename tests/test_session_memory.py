@@ -7,16 +7,9 @@ import torch
 from personalize.nodes import load
 from personalize.nodes import train as node
 from personalize.trainers.methods import METHODS
+from tests.sessions import session, show
 from tests.test_load import train_on
-from tests.tiny import comfy_model, comfy_output, make, question, same, snapshot, tiny_data
-
-
-class Screen:
-    """Stands in for the server, which shows progress; `then` is called with every text."""
-
-    def __init__(self, then):
-        self.send_progress_text = lambda text, node_id: then(text)
-        self.send_sync = lambda event, data: None
+from tests.tiny import comfy_model, comfy_output, question, same, snapshot
 
 
 @pytest.fixture
@@ -32,15 +25,6 @@ def networks(monkeypatch, tmp_path):
     monkeypatch.setattr(node, "denoiser_of", noted)
     monkeypatch.setattr(node, "runs_root", lambda: tmp_path)
     return built
-
-
-def session(model, **settings) -> node.Session:
-    method = make(METHODS["lora"], **{"steps": 100, "precision": "fp32"} | settings)
-    return node.Session(method, node.ModelBase(model), tiny_data(), "some", node.Place("1"))
-
-
-def show(monkeypatch, then=lambda text: None) -> None:
-    monkeypatch.setattr(node.PromptServer, "instance", Screen(then), raising=False)
 
 
 @pytest.fixture
@@ -68,14 +52,14 @@ def test_after_a_training_that_failed(networks, loaded_base, monkeypatch):
 
     show(monkeypatch, fail_at_step_three)
     with pytest.raises(MemoryError, match="gradient_checkpointing"):
-        session(loaded_base).train()
+        session(model=loaded_base).train()
     assert_gone(networks)
 
 
 def test_after_a_training_that_failed_in_its_first_step(networks, loaded_base, monkeypatch):
     show(monkeypatch)
     with pytest.raises(FloatingPointError):
-        broken = session(loaded_base)
+        broken = session(model=loaded_base, non_finite="stop")
         broken.method.loss = lambda denoiser, batch: torch.tensor(torch.nan, requires_grad=True)
         broken.train()
     assert_gone(networks)
@@ -89,7 +73,7 @@ def test_after_a_training_that_was_interrupted(networks, loaded_base, monkeypatc
 
     show(monkeypatch, interrupt_at_step_three)
     with pytest.raises(memory.InterruptProcessingException):
-        session(loaded_base).train()
+        session(model=loaded_base).train()
     assert_gone(networks)
     assert not memory.processing_interrupted()
     assert (tmp_path / "some" / "last.safetensors").is_file()
@@ -97,6 +81,6 @@ def test_after_a_training_that_was_interrupted(networks, loaded_base, monkeypatc
 
 def test_after_a_training_that_went_well(networks, loaded_base, monkeypatch):
     show(monkeypatch)
-    learned = session(loaded_base, steps=2).train()
+    learned = session(model=loaded_base, steps=2).train()
     assert_gone(networks)
     assert not any(tensor.is_meta for tensor in learned.tensors.values())

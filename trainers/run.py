@@ -4,10 +4,13 @@ import json
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .artifact import Header, Personalization, atomic
 from .errors import InputError
@@ -17,22 +20,31 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  #
 CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
 LAST, BEST = "last", "best"
 NAMED = (LAST, BEST)  # checkpoints that are not called by their step
+BY_HAND, EARLY, FINISHED = "stopped by hand", "stopped early", "finished"
+INTERRUPTED, FAILED = "interrupted", "failed"
+FINAL = (BY_HAND, EARLY, FINISHED)  # ends after which a run does not go on
+
+Lines = list[dict[str, Any]]  # of history.jsonl
 
 
 @dataclass(frozen=True)
 class Run:
     """A folder `<root>/<name>/` with run.json, history.jsonl, last.safetensors, best.safetensors,
-    checkpoint-<step>.safetensors files, pinned.json and samples/.
+    checkpoint-<step>.safetensors files, pinned.json and samples/; while it is not finished,
+    state.safetensors.
     """
 
     folder: Path
 
     @classmethod
-    def create(cls, root: Path, name: str, header: Header) -> "Run":
-        """Make a new folder; a name that is taken gets a number, so that no run is overwritten."""
+    def create(cls, root: Path, name: str, header: Header, **inputs: Any) -> "Run":
+        """Make a new folder; a name that is taken gets a number above all that there are.
+
+        inputs: what run.json says besides the header.
+        """
         check_name(name)
         root.mkdir(parents=True, exist_ok=True)
-        number = 1
+        number = 1 + max(numbers_of(name, os.listdir(root)), default=0)
         while True:
             folder = root / (name if number == 1 else numbered(name, number))
             try:
@@ -42,8 +54,19 @@ class Run:
                 number += 1
         run = cls(folder)
         with atomic(folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(asdict(header), indent=2), encoding="utf-8")
+            facts = asdict(header) | inputs
+            temporary.write_text(json.dumps(facts, indent=2), encoding="utf-8")
         return run
+
+    @classmethod
+    def of_name(cls, root: Path, name: str) -> "list[Run]":
+        """List the runs of a name, numbered or not, newest first."""
+        names = os.listdir(root) if root.is_dir() else []
+        runs = [
+            cls(root / (name if number == 1 else numbered(name, number)))
+            for number in sorted(numbers_of(name, names), reverse=True)
+        ]
+        return [r for r in runs if (r.folder / "run.json").is_file() and inside(root, r.folder)]
 
     @classmethod
     def open(cls, root: Path, name: str) -> "Run":
@@ -105,7 +128,7 @@ class Run:
             return {}
         return facts if isinstance(facts, dict) else {}
 
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> Lines:
         """Read history.jsonl, without lines that are damaged or not yet whole."""
         path = self.folder / "history.jsonl"
         found = []
@@ -113,6 +136,48 @@ class Run:
             with suppress(ValueError):
                 found.append(json.loads(line))
         return [line for line in found if isinstance(line, dict)]
+
+    @property
+    def state(self) -> Path:
+        """The file that holds what it takes to go on."""
+        return self.folder / "state.safetensors"
+
+    def ended(self) -> str | None:
+        """Return how the run ended, when nothing was trained since."""
+        lines = self.history()
+        return str(lines[-1].get("reason")) if lines and lines[-1].get("end") else None
+
+    def claim(self, patience: float = 0.0) -> FileLock | None:
+        """Take the run for this process, until the lock is released or the process ends.
+
+        patience: seconds to wait. None where another process has it all the while.
+        Raises InputError when the folder can not be written.
+        """
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout:
+            return None
+        except OSError as error:
+            problem = f"is '{self.name}', whose folder can not be written ({error.strerror})."
+            raise InputError("name", problem) from error
+        return lock
+
+    def cut(self, step: int) -> Lines:
+        """Forget what the history tells after a step, and that the run ended; return the rest."""
+        lines = [
+            line for line in self.history() if not line.get("end") and line.get("step", 0) <= step
+        ]
+        with atomic(self.folder / "history.jsonl") as temporary:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            temporary.write_text(text, encoding="utf-8")
+        os.utime(self.folder / "run.json")  # tells the page to read the history anew
+        return lines
+
+    def sync(self) -> None:
+        """Have the history on the disk before a state that goes on from it."""
+        with open(self.folder / "history.jsonl", "ab") as file:
+            os.fsync(file.fileno())
 
     def load(self, checkpoint: str) -> Personalization:
         """Read a checkpoint. Raises InputError when it is not there or damaged."""
@@ -135,6 +200,16 @@ class Run:
         return self.folder / f"checkpoint-{int(checkpoint.removeprefix('step ')):06d}.safetensors"
 
 
+@contextmanager
+def held(claim: FileLock | None) -> Iterator[None]:
+    """Release a claim at the end of the block."""
+    try:
+        yield
+    finally:
+        if claim is not None:
+            claim.release()
+
+
 def check_name(name: str) -> None:
     """Raise InputError unless `name` is safe as a folder name on every system."""
     if not NAME.fullmatch(name) or RESERVED.fullmatch(name) or name.endswith((" ", ".")):
@@ -149,6 +224,16 @@ def numbered(name: str, number: int) -> str:
     """Put a number behind a name, which is cut where the whole would be too long."""
     suffix = f" {number}"
     return name[: 80 - len(suffix)].rstrip(" .") + suffix
+
+
+def numbers_of(name: str, folders: Iterable[str]) -> set[int]:
+    """Return the numbers that a name has among folders; without one it is the first."""
+    found = {1} if name in folders else set()
+    for folder in folders:
+        ending = re.search(r" ([1-9]\d{0,8})$", folder)
+        if ending and int(ending[1]) > 1 and numbered(name, int(ending[1])) == folder:
+            found.add(int(ending[1]))
+    return found
 
 
 def inside(root: Path, folder: Path) -> bool:

@@ -1,0 +1,109 @@
+"""Cancelling a training, wherever it is: all is kept, memory is free, and it goes on exactly."""
+
+import comfy.model_management as memory
+import pytest
+
+from personalize.nodes import monitor
+from personalize.nodes import train as node
+from personalize.trainers.monitor import Probe
+from personalize.trainers.run import Run
+from personalize.trainers.state import State
+from tests.sessions import interrupt, monitoring, outcome, session, show
+from tests.test_session_memory import assert_gone, networks  # noqa: F401
+
+MOST_STEPS = 2  # between the button and the end
+
+
+def at_call(monkeypatch, owner, name: str, number: int, then) -> None:
+    """Call `then` when a function begins for the nth time, and only then."""
+    function, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            then()
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def at_text(monkeypatch, beginning: str, then) -> None:
+    """Call `then` when a text is shown for the first time."""
+    fired = []
+    show(
+        monkeypatch,
+        lambda text: text.startswith(beginning) and not fired and (fired.append(1), then()),
+    )
+
+
+# when the button is pressed -> how that is arranged, and the step that is kept (0: none)
+PHASES = {
+    "preparing the prior pictures": (
+        lambda at, then: at.calls(monitor.Monitoring, "sample", 1, then),
+        0,
+    ),
+    "preparing the network": (lambda at, then: at.text("preparing the network", then), 0),
+    "measuring the base": (lambda at, then: at.calls(Probe, "ask", 2, then), 1),
+    "sampling of the base": (lambda at, then: at.calls(monitor.Monitoring, "samples", 1, then), 1),
+    "a step": (lambda at, then: at.text("step 3 ", then), 3),
+    "evaluating": (lambda at, then: at.calls(Probe, "ask", 5, then), 2),
+    "sampling": (lambda at, then: at.calls(monitor.Monitoring, "samples", 3, then), 4),
+    "saving the best": (lambda at, then: at.calls(Run, "make_best", 1, then), 2),
+    "saving the state": (lambda at, then: at.calls(State, "save", 1, then), 2),
+    "the last evaluation": (lambda at, then: at.calls(monitor.Monitoring, "samples", 5, then), 8),
+}
+
+
+class At:
+    def __init__(self, monkeypatch):
+        self.patch = monkeypatch
+
+    def calls(self, owner, name, number, then):
+        show(self.patch)
+        at_call(self.patch, owner, name, number, then)
+
+    def text(self, beginning, then):
+        at_text(self.patch, beginning, then)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What comes of the run that nobody cancels."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node, "runs_root", lambda: root)
+        show(patch)
+        learned = session(monitor=monitoring(samples=True), ema_decay=0.5).train()
+    return outcome(Run(root / "some"), learned)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_cancelled_while(phase, networks, monkeypatch, tmp_path, undisturbed):  # noqa: F811
+    arrange, kept = PHASES[phase]
+    run, at_the_button = Run(tmp_path / "some"), []
+
+    def press():
+        at_the_button.append(sum("learning_rate" in line for line in run.history()))
+        interrupt()
+
+    with monkeypatch.context() as patch:
+        arrange(At(patch), press)
+        with pytest.raises(memory.InterruptProcessingException):
+            session(monitor=monitoring(samples=True), ema_decay=0.5).train()
+    assert not memory.processing_interrupted()
+    assert memory.current_loaded_models == []
+    assert all(p.is_meta for network in networks for p in network.parameters())
+    assert not list(tmp_path.rglob("*.tmp"))
+    if kept:
+        end = run.history()[-1]
+        assert end["reason"] == "interrupted" and end["step"] == kept
+        assert kept - at_the_button[0] <= MOST_STEPS
+        assert State.load(run.state).done.index == run.load("last").header.step == kept
+    else:
+        assert not run.folder.exists()
+
+    screen = show(monkeypatch)
+    learned = session(monitor=monitoring(samples=True), ema_decay=0.5).train()
+    assert any(f"resumed at step {kept}" in text for text in screen.texts) == bool(kept)
+    assert outcome(run, learned) == undisturbed
+    assert not run.state.exists() and [f.name for f in tmp_path.iterdir()] == ["some"]
