@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import comfy.model_management
@@ -41,7 +42,9 @@ class Probe(io.ComfyNode):
         bridge, load, session = part("nodes.bridge"), part("nodes.load"), part("nodes.train")
         artifact, loop = part("trainers.artifact"), part("trainers.loop")
         method = part("trainers.methods").METHODS[method]
-        settings = method.Settings(steps=3, learning_rate=1e-2, layers="all")
+        wanted = {"steps": 3, "learning_rate": 1e-2, "layers": "all"}
+        known = {field.name for field in fields(method.Settings)}
+        settings = method.Settings(**{n: v for n, v in wanted.items() if n in known})
         denoiser = bridge.denoiser_of(model)
         scaled = session.in_network_scale(data, model, denoiser)
         step = list(loop.train(method(settings), denoiser, scaled))[-1]
