@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from comfy_api.latest import io
 
-from ..trainers.errors import InputError
+from ..trainers.errors import DiskError, InputError
 
 CATEGORY = "personalize"
 PersonalDataWire = io.Custom("PERSONALIZE_DATA")  # trainers.data.PersonalData
@@ -17,9 +17,12 @@ PersonalizedWire = io.Custom("PERSONALIZED")  # trainers.artifact.Personalizatio
 
 @contextmanager
 def at(node: type[io.ComfyNode]) -> Iterator[None]:
-    """Put the node's name in front of what went wrong with its inputs, numbers or memory."""
+    """Put the node's name in front of what went wrong with its inputs, numbers, memory or disk."""
     try:
         yield
     except (InputError, FloatingPointError, MemoryError) as error:
         kind = ValueError if isinstance(error, InputError) else type(error)
         raise kind(f"{node.define_schema().display_name}: {error}") from error
+    except OSError as error:
+        told = error if isinstance(error, DiskError) else DiskError.of(error)
+        raise OSError(f"{node.define_schema().display_name}: {told}") from error

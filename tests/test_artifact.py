@@ -81,20 +81,6 @@ def test_model_managers_find_their_fields(path):
 # Writing
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(path, learned, monkeypatch):
-    before = path.read_bytes()
-
-    def half(tensors, filename, metadata):
-        with open(filename, "wb") as file:
-            file.write(before[:100])
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("personalize.trainers.artifact.save_file", half)
-    with pytest.raises(OSError, match="no space"):
-        learned.save(path)
-    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
-
-
 def test_an_interrupted_block_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "a.json") as temporary:
         temporary.write_text("half")

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -92,6 +93,7 @@ class Personalization:
         if not path.is_file():
             raise InputError(input_name, f"names {path.name}, which is not there any more.")
         try:
+            path.open("rb").close()  # says why not, where safetensors says that there is no file
             with safe_open(path, framework="pt") as file:
                 header = _read_header(file.metadata() or {}, path.name, input_name)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -178,7 +180,9 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        mode = _mode_of_new(temporary)
         yield temporary
+        os.chmod(temporary, mode)  # safetensors lets only the owner read
         with open(temporary, "r+b") as file:  # Windows syncs only what it may write
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -201,8 +205,17 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _mode_of_new(path: Path) -> int:
+    """Return the permissions that a new file gets here."""
+    path.touch()
+    mode = path.stat().st_mode
+    path.unlink()
+    return stat.S_IMODE(mode)
+
+
 def _remove_left_behind(path: Path) -> None:
-    """Delete what a killed process left of an earlier try to write `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    """Delete what killed processes left of earlier tries, ours and safetensors' own."""
+    ours = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    for left in (*ours, *path.parent.glob(".tmp??????")):
         if time.time() - left.stat().st_mtime > LEFT_BEHIND:
             left.unlink(missing_ok=True)

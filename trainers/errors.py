@@ -1,6 +1,10 @@
 """The errors of the border: which input or file, what was got, what was expected, what to do."""
 
+import re
 import unicodedata
+from pathlib import Path
+
+OF_SYSTEM = re.compile(r".*?([^:]+) \(os error \d+\).*", re.DOTALL)  # as safetensors tells it
 
 
 class InputError(ValueError):
@@ -15,15 +19,20 @@ class InputError(ValueError):
 
 
 class DiskError(OSError):
-    """Report a file that could not be written; the message leaves out where it lies."""
+    """Report a file that could not be written or read; the message leaves out where it lies."""
 
     def __init__(self, file: str, reason: str):
         super().__init__(
             printable(
-                f"could not write {file} ({reason}); make room on the disk, or check that ComfyUI "
-                "may write to its output folder. What was written before is whole."
+                f"could not write or read {file} ({reason}); make room on the disk, or let ComfyUI "
+                "write to its output folder. What was saved before is whole."
             )
         )
+
+    @classmethod
+    def of(cls, error: OSError) -> "DiskError":
+        """Tell the system's error without the folder."""
+        return cls(Path(str(error.filename or "a file")).name, reason_of(error))
 
 
 def printable(text: str) -> str:
@@ -38,9 +47,10 @@ def brief(text: object, most: int = 200) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what an error says, without the folder that an OSError's own text shows."""
-    known = error.strerror if isinstance(error, OSError) else None
-    return brief(known or error)
+    """Return what an error says, without the folder that the system's own text may show."""
+    if isinstance(error, OSError):
+        return error.strerror or "it can not be opened"
+    return brief(OF_SYSTEM.sub(r"\1", str(error)))
 
 
 def _escaped(character: str) -> str:

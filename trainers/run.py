@@ -242,9 +242,11 @@ def inside(root: Path, folder: Path) -> bool:
 
 
 def list_runs(root: Path) -> list[str]:
-    """List the runs below `root` that have a checkpoint, newest first."""
-    if not root.is_dir():
-        return []
-    folders = [f for f in root.iterdir() if (f / "run.json").is_file() and inside(root, f)]
-    folders.sort(key=lambda f: f.stat().st_mtime, reverse=True)
-    return [f.name for f in folders if Run(f).checkpoints()]
+    """List the runs below `root` that have a checkpoint and may be read, newest first."""
+    found: list[tuple[float, str]] = []
+    for name in os.listdir(root) if root.is_dir() else []:
+        folder = root / name
+        with suppress(OSError):  # not ours to read, or deleted just now
+            if (folder / "run.json").is_file() and inside(root, folder):
+                found += [(folder.stat().st_mtime, name)] if Run(folder).checkpoints() else []
+    return [name for _, name in sorted(found, reverse=True)]
