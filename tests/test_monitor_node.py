@@ -67,9 +67,9 @@ EVERYTHING = {
 @pytest.fixture(scope="module")
 def everything(comfy, server) -> Path:
     """A run of eight steps with all that a monitor can do."""
-    graph = watched("watched", monitor=EVERYTHING)
+    graph = watched("everything", monitor=EVERYTHING)
     comfy.run(fill_defaults(graph, comfy.object_info()))
-    return folder_of(server, "watched")
+    return folder_of(server, "everything")
 
 
 def test_a_run_learns_the_very_same_with_a_monitor_and_without(server, run, everything):
@@ -116,7 +116,7 @@ def test_samples_are_saved_at_their_turn_and_at_the_end(everything):
 def test_the_samples_are_those_of_a_stock_ksampler(comfy, run, everything):
     graph = Graph()
     base = graph.add("PersonalizeDemoBase")
-    how = {"model": (base, 0), "run": "watched", "checkpoint": "last", "strength": 1.0}
+    how = {"model": (base, 0), "run": "everything", "checkpoint": "last", "strength": 1.0}
     model = graph.add("PersonalizeLoad", **how)
     latent = graph.empty_latent(SIDE, 2)
     sampler = {"steps": 2, "cfg": 4.0, "sampler_name": "euler_ancestral", "seed": 0}
@@ -254,7 +254,7 @@ def test_stop_and_keep_ends_the_training_and_the_graph_goes_on(server, comfy, ru
 
 
 def test_the_page_is_sent_the_lines_of_the_history(server, comfy, everything):
-    events = [e for e in comfy.events("personalize.run") if e["run"] == "watched"]
+    events = [e for e in comfy.events("personalize.run") if e["run"] == "everything"]
     lines = [e["line"] for e in events]
     assert [line for line in lines if line.get("evaluation")] == evaluations(everything)
     assert lines[-1] == history(everything)[-1]
