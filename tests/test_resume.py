@@ -1,19 +1,23 @@
 """Going on with a run: N steps and N more are 2N steps, bit for bit, whatever is switched on."""
 
 import dataclasses
+import importlib
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
+from personalize.nodes import train as node
 from personalize.trainers.edits import to_tensors
 from personalize.trainers.errors import InputError
 from personalize.trainers.loop import Step, train
 from personalize.trainers.methods import METHODS
 from personalize.trainers.optimizers import OPTIMIZERS
+from personalize.trainers.run import Run
 from personalize.trainers.state import State, pack
-from tests.tiny import make, same, tiny_data, tiny_denoiser
+from tests.sessions import interrupt, monitoring, outcome, session, show
+from tests.tiny import comfy_model, make, tiny_data, tiny_denoiser
 
 HALF = 3  # steps
 
@@ -102,3 +106,275 @@ def test_with_every_optimizer_there_is(tmp_path, name):
     if importlib.util.find_spec(OPTIMIZERS[name][0].partition(".")[0]) is None:
         pytest.skip(f"{name} is not installed")
     check_exact(tmp_path / "state", METHODS["lora"], optimizer=name, schedule="cosine")
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory) -> Path:
+    """The state of a LoRA after two steps."""
+    path = tmp_path_factory.mktemp("state") / "state.safetensors"
+    stop_after(path, METHODS["lora"], 2, ema_decay=0.5)
+    return path
+
+
+def test_a_state_is_nothing_but_safetensors_and_json(state):
+    from safetensors import safe_open
+
+    with safe_open(state, framework="pt") as file:
+        kinds = {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
+        assert kinds == {"parameters", "average", "optimizer"}
+        assert '"format": 1' in file.metadata()["personalize-state"]
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+def test_a_truncated_state_is_refused(state, tmp_path, cut):
+    broken = tmp_path / "state.safetensors"
+    broken.write_bytes(state.read_bytes()[:cut])
+    with pytest.raises(InputError, match="state that can not be read"):
+        State.load(broken)
+
+
+@pytest.mark.parametrize(
+    "old, new, problem",
+    [
+        (b'\\"format\\": 1', b'\\"format\\": 2', "format 2; update"),
+        (b'\\"values\\"', b'\\"valuez\\"', "can not be read"),
+        (b'\\"index\\", 2', b'\\"index\\", 0', "step 0"),
+        (b'\\"tuple\\"', b'\\"topple\\"'[:-1], "can not be read"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused(state, tmp_path, old, new, problem):
+    data = state.read_bytes()
+    if old not in data:
+        pytest.fail(f"{old} is not in the header")
+    broken = tmp_path / "state.safetensors"
+    broken.write_bytes(data.replace(old, new.ljust(len(old))))
+    with pytest.raises(InputError, match=problem):
+        State.load(broken)
+
+
+def test_a_state_of_another_network_is_refused(state):
+    with pytest.raises(InputError, match="state that does not fit"):
+        next(steps_of(METHODS["lora"], State.load(state), rank=3))
+    with pytest.raises(InputError, match="state that does not fit"):
+        next(steps_of(METHODS["para"], State.load(state)))
+
+
+def test_what_a_state_can_not_hold_is_named():
+    with pytest.raises(InputError, match=r"'optimizer' keeps a set \(optimizer.x\)"):
+        pack({"x": {1, 2}}, "optimizer", {})
+
+
+def test_a_state_is_not_moved_by_later_steps():
+    running = steps_of(METHODS["lora"], ema_decay=0.5)
+    kept = next(running).state()
+    before = repr(kept)
+    next(running)
+    assert repr(kept) == before
+
+
+def test_what_is_half_moved_is_never_kept():
+    running = steps_of(METHODS["lora"], optimizer="sgd")
+    step = next(running)
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("half way")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("torch.optim.sgd"), "sgd", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            next(running)
+    with pytest.raises(FloatingPointError, match="half moved after step 1"):
+        step.state()
+
+
+# In ComfyUI
+
+
+@pytest.fixture
+def root(monkeypatch, tmp_path) -> Path:
+    """Where runs go; nothing is shown."""
+    monkeypatch.setattr(node, "runs_root", lambda: tmp_path)
+    show(monkeypatch)
+    return tmp_path
+
+
+def cancelled(monkeypatch, at: int = 3, **how) -> None:
+    """Train, and cancel after a step."""
+    import comfy.model_management as memory
+
+    with monkeypatch.context() as patch:
+        show(patch, lambda text: text.startswith(f"step {at} ") and interrupt())
+        with pytest.raises(memory.InterruptProcessingException):
+            session(**how).train()
+
+
+def names(root: Path) -> list[str]:
+    return sorted(folder.name for folder in root.iterdir())
+
+
+@pytest.mark.slow
+def test_every_method_goes_on_under_a_monitor_that_stops_early(root, monkeypatch, method):
+    how = {
+        "method": method.name,
+        "monitor": monitoring(every=1, early_stop=True, patience=1),
+        "learning_rate": 0.3,
+        "steps": 30,
+    }
+    learned = session("whole", **how).train()
+    whole = Run(root / "whole")
+    never_worse = method.name == "para"  # on pictures of noise
+    assert whole.ended() == ("finished" if never_worse else "stopped early")
+    last = whole.history()[-1]["step"]
+    for at in sorted({2, last - 1}):  # twice in a row
+        cancelled(monkeypatch, at, name="parts", **how)
+    parts = Run(root / "parts")
+    assert outcome(parts, session("parts", **how).train()) == outcome(whole, learned)
+    assert names(root) == ["parts", "whole"]
+
+
+def test_a_finished_run_is_handed_on_without_training(root, monkeypatch):
+    how = {"monitor": monitoring(every=2), "learning_rate": 0.1}
+    first = session(**how)
+    learned = first.train()
+    files = {p.name: p.stat().st_mtime_ns for p in (root / "some").iterdir() if p.name != ".lock"}
+    again = session(**how)
+    monkeypatch.setattr(node, "train", None)
+    handed_on = again.train()
+    assert outcome(Run(root / "some"), handed_on) == outcome(Run(root / "some"), learned)
+    assert again.losses == first.losses and len(first.losses) == 8
+    assert "run 'some' finished before, and nothing changed" in again.summary(handed_on)
+    assert {
+        p.name: p.stat().st_mtime_ns for p in (root / "some").iterdir() if p.name != ".lock"
+    } == files
+
+
+@pytest.mark.parametrize("how", [{"early_stop": True, "patience": 1}, {"restore_best": False}])
+def test_a_finished_run_hands_on_what_it_did_before(root, how):
+    how = {"monitor": monitoring(every=1, **how), "learning_rate": 0.3, "steps": 12}
+    learned, again = (session(**how).train() for _ in range(2))
+    assert again.header == learned.header and again.tensors.keys() == learned.tensors.keys()
+    assert all(torch.equal(again.tensors[k], v) for k, v in learned.tensors.items())
+
+
+CHANGES = {
+    "learning rate": ({"learning_rate": 2e-2}, "learning_rate was 0.01, now 0.02"),
+    "several": ({"seed": 1, "steps": 4}, "steps was 3, now 4; seed was 0, now 1"),
+    "method": ({"method": "para"}, "the method was lora, now para"),
+    "pictures": ({"data": tiny_data(4)}, "data has other pictures or captions"),
+    "base": ({"seed_of_base": 1}, "the base has other weights"),
+    "monitor": ({"monitor": monitoring()}, "a monitor was not connected"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "cancelled"])
+def test_what_changed_is_said_and_a_new_run_begins(root, monkeypatch, change, finished):
+    how, said = CHANGES[change]
+    model = comfy_model(seed=how.get("seed_of_base", 0))
+    how = {name: value for name, value in how.items() if name != "seed_of_base"}
+    if finished:
+        session(steps=3).train()
+    else:
+        cancelled(monkeypatch, at=2, steps=3)
+    before = {p.name: p.read_bytes() for p in (root / "some").iterdir()}
+    changed = session(**{"steps": 3, "model": model, **how})
+    summary = changed.summary(changed.train())
+    assert f"New run 'some 2': {said}" in summary
+    assert {p.name: p.read_bytes() for p in (root / "some").iterdir()} == before
+    assert names(root) == ["some", "some 2"]
+    back = session(steps=3)  # as it was at first: that run is still there
+    assert back.train() and names(root) == ["some", "some 2"]
+    assert ("finished before" if finished else "resumed at step 2") in back.said
+
+
+def test_a_changed_monitor_is_named_with_its_values(root):
+    session(steps=2, monitor=monitoring(every=1)).train()
+    changed = session(steps=2, monitor=monitoring(every=2))
+    changed.train()
+    assert changed.said == "new run 'some 2': the monitor's every was 1, now 2"
+
+
+def test_data_of_another_encoder_is_other_data(root):
+    data = tiny_data(3, held_out=2)
+    session(steps=2, data=data).train()
+    first = dataclasses.replace(data.training[0], latent=data.training[0].latent * 1.001)
+    session(steps=2, data=dataclasses.replace(data, training=(first, *data.training[1:]))).train()
+    assert names(root) == ["some"]  # a GPU may be that inexact
+    first = dataclasses.replace(first, latent=first.latent * 1.1)
+    other = session(steps=2, data=dataclasses.replace(data, training=(first, *data.training[1:])))
+    other.train()
+    assert "encoded by another CLIP or VAE" in other.said
+
+
+def test_a_run_from_before_there_was_a_setting_is_the_same_run(root):
+    session(steps=2).train()
+    path = root / "some" / "run.json"
+    path.write_text(path.read_text().replace('"non_finite": "skip"', '"nothing": 0'), "utf-8")
+    changed = session(steps=2)
+    changed.train()
+    assert "nothing was 0, now not set" in changed.said and "non_finite" not in changed.said
+
+
+@pytest.mark.parametrize("lost", ["state.safetensors", "history.jsonl"])
+def test_a_run_that_can_not_go_on_leaves_its_name_and_says_why(root, monkeypatch, lost):
+    cancelled(monkeypatch, at=2, steps=3)
+    (root / "some" / lost).write_bytes(b"")
+    again = session(steps=3)
+    again.train()
+    if lost == "history.jsonl":  # the state is enough
+        assert "resumed at step 2" in again.said
+    else:
+        assert again.said.startswith("new run 'some 2': 'some' has a state that can not be read")
+
+
+def test_a_result_that_is_gone_is_trained_again(root):
+    session(steps=2).train()
+    (root / "some" / "last.safetensors").unlink()
+    again = session(steps=2)
+    again.train()
+    assert names(root) == ["some", "some 2"] and "run 'some' has: none" in again.said
+
+
+def test_a_run_that_another_process_trains_is_left_alone(root, monkeypatch):
+    cancelled(monkeypatch, at=2, steps=3)
+    claim = Run(root / "some").claim()
+    before = {p.name: p.read_bytes() for p in (root / "some").iterdir()}
+    other = session(steps=3)
+    other.train()
+    assert other.said == "new run 'some 2': 'some' is being trained by another ComfyUI"
+    assert {p.name: p.read_bytes() for p in (root / "some").iterdir()} == before
+    claim.release()
+    back = session(steps=3)
+    back.train()
+    assert back.said.startswith("run 'some 2' finished before")
+
+
+def test_the_losses_of_all_parts_come_out(root, monkeypatch):
+    whole = session("whole", steps=6)
+    whole.train()
+    cancelled(monkeypatch, at=3, name="parts", steps=6)
+    with open(root / "parts" / "history.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 1.0, "learning_rate": 1}\n{"step": 5, "lo')  # lost steps
+    parts = session("parts", steps=6)
+    parts.train()
+    assert parts.losses == whole.losses and len(parts.losses) == 6
+    assert [line["step"] for line in Run(root / "parts").history()] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_the_best_of_the_steps_that_are_left_is_best_again(root, monkeypatch):
+    """Killed after an evaluation whose state was not written: its checkpoint is not the best."""
+    how = {"monitor": monitoring(every=1), "learning_rate": 1e-3, "steps": 6}
+    with monkeypatch.context() as patch:
+        patch.setattr(node.Watch, "_state_is_due", lambda self, step: step == 2)
+        patch.setattr(node.Watch, "rescue", lambda *_: None)  # as kill -9 does it
+        cancelled(patch, at=4, **how)
+    run = Run(root / "some")
+    assert State.load(run.state).done.index == 2 and run.load("best").header.step == 4
+    cancelled(monkeypatch, at=2, **how)
+    assert run.load("best").header.step == 2 == run.history()[-1]["best_step"]
+    learned = session(**how).train()
+    fresh = session("fresh", **how).train()
+    assert outcome(run, learned)[:4] == outcome(Run(root / "fresh"), fresh)[:4]

@@ -162,8 +162,14 @@ class Learner:
                 self.average.optimization_step = state.average["steps"]
             self.optimizer.load_state_dict(copied(state.optimizer))
             self.method.load_state_dict(copied(state.method))
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError("name", f"has a state that does not fit it ({error}).") from error
+            if not finite(self.parameters):
+                raise ValueError("numbers that are not finite")
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                "name",
+                f"has a state that does not fit ({error}); delete the run's state.safetensors, or "
+                "take another name.",
+            ) from error
         self.health = state.health
 
 

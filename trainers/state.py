@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .artifact import atomic
-from .errors import InputError
+from .artifact import UNREADABLE, atomic
+from .errors import InputError, brief
 from .health import Health
 
 FORMAT = 1
@@ -68,11 +68,13 @@ class State:
                 )
             values = {name: unpack(value, tensors) for name, value in header["values"].items()}
             done, health = Done(**values.pop("done")), Health(**values.pop("health"))
+            if type(done.index) is not int or done.index < 1:
+                raise ValueError(f"step {done.index}")
             return cls(done=done, health=health, **values)
         except InputError:
             raise
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
+        except (*UNREADABLE, AttributeError, LookupError) as error:
+            reason = error.strerror if isinstance(error, OSError) else brief(error)
             raise InputError("name", f"has a state that can not be read ({reason}).") from error
 
 
