@@ -80,7 +80,7 @@ class Report(io.ComfyNode):
             history = History.of(shown.history())
             if not history.losses:
                 raise InputError("run", f"is '{shown.name}', which has no steps in its history.")
-        method = METHODS.get(facts.get("method", ""))
+        method = METHODS.get(str(facts.get("method")))
         title = f"{method.title if method else 'Training'}: {shown.name}"
         picture = np.asarray(plot(history, title), np.float32) / 255
         image = torch.from_numpy(picture)[None]

@@ -1,16 +1,18 @@
 """What the page reads of runs, and the two wishes it may have.
 
-Run names come from outside: each is checked, and nothing outside its folder is read. Requests
-from other sites are refused by ComfyUI's own middleware.
+Run names come from outside: each is checked, and nothing outside its folder is read, links
+followed. Wishes from other sites are refused, as ComfyUI's own middleware does since 0.19.
 """
 
 import json
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from comfy.cli_args import args
 from server import PromptServer
 
 from ..trainers.errors import InputError
@@ -20,6 +22,7 @@ from . import control
 from .load import runs_root
 
 AT_ONCE = 1 << 20  # bytes of history in one answer
+LONGEST = 1000  # bytes of a wish
 SAMPLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.png")
 HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 
@@ -43,7 +46,7 @@ async def read_history(request: web.Request) -> web.Response:
     start = _number(request.query.get("from", "0"))
     # asked before reading: what ends in between is seen as ended only with its last line
     running = _goes_on(run.name)
-    lines, end = _read_lines(run.folder / "history.jsonl", start)
+    lines, end = _read_lines(_own(run, "history.jsonl"), start)
     answer = {"lines": lines, "next": end, "running": running, **_facts(run)}
     return web.json_response(answer, headers=HEADERS)
 
@@ -92,7 +95,17 @@ def _run(request: web.Request) -> Run:
         raise _problem(web.HTTPNotFound, "There is no such run.") from None
 
 
+def _own(run: Run, file: str) -> Path:
+    """Return a file of a run, which may be a link only to what is inside the run's folder."""
+    path = run.folder / file
+    if path.is_symlink() and not inside(run.folder, path):
+        raise _problem(web.HTTPNotFound, "That file lies outside the run.")
+    return path
+
+
 def _control(request: web.Request) -> control.Control:
+    if request.headers.get("Sec-Fetch-Site") == "cross-site" and not args.enable_cors_header:
+        raise _problem(web.HTTPForbidden, "Other sites may not ask for that.")
     training = control.of_run(_run(request).name)
     if training is None:
         raise _problem(web.HTTPConflict, "This run is not being trained now.")
@@ -105,15 +118,15 @@ def _goes_on(run: str) -> bool:
 
 def _facts(run: Run) -> dict[str, Any]:
     """Return what the page says of a run besides its history."""
-    header = _read_json(run.folder / "run.json")
-    header = header if isinstance(header, dict) else {}
-    settings = header.get("settings") or {}
+    header = run.facts()
+    settings = header.get("settings")
+    steps = settings.get("steps") if isinstance(settings, dict) else None
     method = METHODS.get(str(header.get("method")))
     return {
         "title": method.title if method else "",
-        "total_steps": settings.get("steps"),
+        "total_steps": steps if type(steps) is int else None,
         "created": str((run.folder / "run.json").stat().st_mtime_ns) if header else "",
-        "pinned": _read_json(run.folder / "pinned.json") or [],
+        "pinned": run.pinned(),
     }
 
 
@@ -129,16 +142,16 @@ def _read_lines(path: Path, start: int) -> tuple[list[dict], int]:
     return [line for line in lines if isinstance(line, dict)], start + len(data)
 
 
-def _read_json(path: Path) -> Any:
-    return _parse(path.read_bytes()) if path.is_file() else None
-
-
 def _parse(text: bytes) -> Any:
     """Read JSON; NaN and infinities, which pages can not read, and broken text become None."""
     try:
-        return json.loads(text, parse_constant=lambda _: None)
-    except ValueError:
+        return json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+    except (ValueError, RecursionError):
         return None
+
+
+def _finite(text: str) -> float | None:
+    return number if math.isfinite(number := float(text)) else None  # 1e999 is read as infinite
 
 
 def _number(text: str) -> int:
@@ -149,14 +162,20 @@ def _number(text: str) -> int:
 
 async def _step(request: web.Request) -> int | None:
     """Return the step that the request's body names, None for the next."""
-    wish = _parse(await request.read() or b"{}")
+    body = b""
+    while chunk := await request.content.readany():
+        body += chunk
+        if len(body) > LONGEST:
+            limit = {"max_size": LONGEST, "actual_size": len(body)}
+            raise _problem(web.HTTPRequestEntityTooLarge, "That is too long for a wish.", **limit)
+    wish = _parse(body or b"{}")
     step = wish.get("step") if isinstance(wish, dict) else -1
     if step is None or (type(step) is int and step >= 0):
         return step
     raise _problem(web.HTTPBadRequest, 'Give {"step": n}, or {} for the next step.')
 
 
-def _problem(kind: type[web.HTTPException], text: str) -> web.HTTPException:
+def _problem(kind: type[web.HTTPException], text: str, **more: Any) -> web.HTTPException:
     """Make an answer that says what is wrong, and nothing about the disk."""
     body = json.dumps({"error": text})
-    return kind(text=body, content_type="application/json", headers=HEADERS)
+    return kind(text=body, content_type="application/json", headers=HEADERS, **more)

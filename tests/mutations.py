@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from personalize.trainers.artifact import HEADER
+from personalize.trainers.monitor import Evaluation
 
 Tensors = dict[str, dict[str, Any]]  # a safetensors header without its metadata
 
@@ -181,3 +182,42 @@ DAMAGES: tuple[Damage, ...] = (
     *(cut, flip_header, flip_header, flip_data, header_length, splice, other_numbers),
     *(one_tensor, one_tensor, one_tensor, our_header, our_header, newer, foreign),
 )
+
+
+# Runs
+
+
+LINE = {"step": 1, "loss": 0.5, "learning_rate": 1e-4}
+TENTHS = tuple(n / 10 for n in range(10))
+MEASURED = {
+    **Evaluation(1, 0.5, 0.6, TENTHS, TENTHS, 1.0, 0.5, 0.6, TENTHS, 0.5, 0.6, TENTHS).as_line(),
+    **{"rules": {"best": "train", "patience": 3, "early_stop": True}, "seconds": 1.0},
+}
+END = {"end": True, "step": 2, "reason": "finished", "best_step": 1}
+
+
+def lying_line(rng: random.Random) -> str:
+    """Return a line of a history in which one thing is wrong, or which is none."""
+    line: dict[str, Any] = dict(rng.choice((LINE, MEASURED, END)))
+    lies: tuple[Any, ...] = (*NUMBERS, *WORDS[:-1], [], {}, True, [None], {"step": 1}, float("nan"))
+    line[rng.choice([*line, rng.choice(WORDS[:-1])])] = rng.choice(lies)
+    if rng.random() < 0.3:
+        line.pop(rng.choice([*line]))
+    text = json.dumps(line)
+    return rng.choice((text, text, text, text, text[:-3], "[1]", "null", "\0", "[" * 50_000))
+
+
+def lying_facts(rng: random.Random) -> str:
+    """Return a run.json in which one thing is wrong, or which is none."""
+    facts: dict[str, Any] = {"method": "lora", "settings": {"steps": 3}, "base": {}, "run": "x"}
+    lies: tuple[Any, ...] = (*NUMBERS, *WORDS[:-1], [], {}, True, {"steps": []}, ["lora"])
+    facts[rng.choice([*facts])] = rng.choice(lies)
+    text = json.dumps(facts)
+    return rng.choice((text, text, text, text[:-3], "[1]", "", "\0", "[" * 50_000, "\ud800"))
+
+
+def lying_history(rng: random.Random) -> str:
+    """Return a history.jsonl with some good lines among those that lie."""
+    good = [json.dumps(line) for line in (LINE, MEASURED, MEASURED | {"step": 2})]
+    lines = [*rng.sample(good, rng.randrange(4)), *(lying_line(rng) for _ in range(4))]
+    return "".join(line + "\n" for line in rng.sample(lines, len(lines)))

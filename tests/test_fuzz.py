@@ -1,5 +1,6 @@
 """Thousands of damaged checkpoints: each is loaded, or refused in one sentence. Nothing else."""
 
+import json
 import random
 import resource
 import signal
@@ -7,20 +8,26 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import folder_paths
 import pytest
 import torch
+from aiohttp import web
+from server import PromptServer
 
 from personalize.nodes import load
 from personalize.trainers.artifact import Personalization
 from personalize.trainers.edits import of_weights
 from personalize.trainers.errors import InputError
 from personalize.trainers.methods import METHODS
+from personalize.trainers.run import Run
 from personalize.trainers.time_aware import SITE
+from tests import mutations
 from tests.mutations import DAMAGES
 from tests.test_load import train_on
 from tests.tiny import comfy_model
 
 QUICK, WHOLE = 560, 14_000  # files
+QUICK_RUNS, ALL_RUNS = 40, 3_000  # folders
 SECONDS = 20  # that one file may take
 MEMORY = 300  # MB that all of them may add to the process
 
@@ -127,6 +134,79 @@ def test_damaged_files_are_loaded_or_refused(good, base, tmp_path):
 def test_more_than_ten_thousand_damaged_files_are_loaded_or_refused(good, base, tmp_path):
     ended = assault(WHOLE, good, base, tmp_path)
     print(f"\n{ended.total()} damaged files: {dict(sorted(ended.items()))}")
+
+
+# Runs whose JSON lies
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Run:
+    """A run of no content in ComfyUI's output folder."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
+    monkeypatch.setattr(PromptServer, "instance", Routes(), raising=False)
+    folder = tmp_path / "output" / "personalized" / "a run"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "last.safetensors").touch()
+    return Run(folder)
+
+
+class Routes:
+    """What nodes/routes.py takes from the server at import."""
+
+    routes = web.RouteTableDef()
+
+
+def lie(run: Run, rng: random.Random) -> None:
+    texts = {
+        "run.json": mutations.lying_facts(rng),
+        "history.jsonl": mutations.lying_history(rng),
+        "pinned.json": rng.choice(("[1]", "", "[null]", "[1e999]", "3", '["a"]', "[" * 50_000)),
+    }
+    for name, text in texts.items():
+        (run.folder / name).write_bytes(text.encode(errors="surrogatepass"))
+
+
+def look_everywhere(run: Run) -> str:
+    """Do all that reads a run's JSON; return the report's refusal, if it refuses."""
+    from personalize.nodes import report, routes
+
+    assert load.Load.define_schema() and report.Report.define_schema()
+    assert all(type(step) is int for step in run.pinned())
+    run.ended()
+    answer = {"lines": routes._read_lines(run.folder / "history.jsonl", 0)[0], **routes._facts(run)}
+    json.dumps(answer, allow_nan=False)
+    try:
+        image, verdict, best, metrics = report.Report.execute(run.name).args
+    except ValueError as error:
+        return str(error)
+    assert image.shape == (1, 900, 1200, 3) and type(best) is int and json.loads(metrics)
+    assert len(verdict) < 1000
+    return ""
+
+
+def assault_on_runs(count: int, run: Run) -> Counter:
+    ended: Counter = Counter()
+    for seed in range(count):
+        lie(run, random.Random(seed))
+        with time_limit(SECONDS):
+            try:
+                refused = look_everywhere(run)
+            except Exception as error:
+                raise AssertionError(f"run {seed}") from error
+        assert refused.startswith("Personalize Report: ") or not refused
+        assert is_one_sentence(refused or "a", run.folder), (seed, refused)
+        ended["refused" if refused else "reported"] += 1
+    return ended
+
+
+def test_runs_whose_json_lies_are_listed_and_reported(run):
+    assert assault_on_runs(QUICK_RUNS, run)["reported"] > QUICK_RUNS / 4
+
+
+@pytest.mark.stress
+def test_thousands_of_runs_whose_json_lies_are_listed_and_reported(run):
+    print(f"\n{ALL_RUNS} lying runs: {dict(assault_on_runs(ALL_RUNS, run))}")
 
 
 def test_the_harness_notices_what_it_looks_for(good, base, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The routes that the page reads runs by, and what it may ask of a training."""
 
+import asyncio
 import json
 import urllib.error
 import urllib.request
@@ -7,7 +8,10 @@ from pathlib import Path
 from typing import ClassVar
 from urllib.parse import quote
 
+import folder_paths
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from headless import ComfyServer
 
@@ -118,6 +122,20 @@ OUTSIDE = [
     "/etc",
     "no such run",
     "\0",
+    "..\\..",
+    "C:\\Windows",
+    "C:",
+    "\\\\host\\share",
+    "\u2025",  # two dot leader: ".." once normalised
+    "\uff0e\uff0e",  # fullwidth full stops
+    "..\u2215..",  # division slash
+    "\uff0fetc",  # fullwidth solidus
+    "routes\u0000",
+    "routes/",
+    "NUL",
+    "com1.txt",
+    "%252e%252e",
+    "file:///etc/passwd",
 ]
 
 
@@ -140,6 +158,27 @@ def test_only_pictures_in_the_samples_folder_are_sent(server, runs, file):
     assert status == 404 and b"secret" not in text and str(runs).encode() not in text
 
 
+def test_a_history_that_is_a_link_out_of_its_run_is_not_read(server, runs):
+    folder = runs / "linked"
+    folder.mkdir()
+    (folder / "history.jsonl").symlink_to(server.output_dir / "history.jsonl")
+    status, text = ask(server, "/linked/history")
+    assert status == 404 and b"666" not in text
+    (runs / "routes" / "samples" / "deep").symlink_to(server.output_dir)
+    assert ask(server, "/routes/samples/deep%2fsecret.png")[0] == 404
+
+
+def test_no_answer_is_a_number_that_pages_can_not_read(server, runs):
+    folder = runs / "infinite"
+    folder.mkdir()
+    (folder / "history.jsonl").write_text('{"step": 1, "loss": 1e999}\n' + "[" * 90_000 + "\n")
+    (folder / "pinned.json").write_text("[1e999, 3]")
+    (folder / "run.json").write_text('{"method": ["lora"], "settings": 7}')
+    answer = history(server, "infinite")
+    assert answer["lines"] == [{"step": 1, "loss": None}] and answer["pinned"] == [3]
+    assert answer["title"] == "" and answer["total_steps"] is None
+
+
 @pytest.mark.parametrize("start", ["-1", "x", "1e3", "9" * 30])
 def test_an_offset_that_is_none_is_refused(server, runs, start):
     assert ask(server, f"/routes/history?from={start}")[0] == 400
@@ -152,6 +191,16 @@ def test_an_offset_that_is_none_is_refused(server, runs, start):
 def test_other_sites_may_not_ask_for_anything(server, runs, wish):
     for headers in ({"Origin": "http://elsewhere.example"}, {"Sec-Fetch-Site": "cross-site"}):
         assert ask(server, f"/routes/{wish}", {}, **headers)[0] == 403
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH", "TRACE"])
+@pytest.mark.parametrize("wish", ["stop", "pin"])
+def test_a_wish_can_only_be_posted(server, runs, wish, method):
+    """A link or a picture's address can not end a training."""
+    request = urllib.request.Request(f"{server.url}/personalize/runs/routes/{wish}", method=method)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=30)
+    assert error.value.code in (404, 405)
 
 
 @pytest.mark.parametrize("wish", ["stop", "pin"])
@@ -213,3 +262,66 @@ def test_the_page_is_told_every_evaluation_but_not_every_step(control):
         {"end": True, "step": 5},
     ]
     assert {(d["run"], d["node"], d["workflow"]) for _, d in sent} == {("a run", "12", None)}
+
+
+# Wishes to a run that goes on, over real HTTP
+
+
+@pytest.fixture
+def wish(control, monkeypatch, tmp_path):
+    """Ask a running training for something: (path, body, headers) to (status, answer)."""
+    monkeypatch.setattr(control.PromptServer.instance, "routes", web.RouteTableDef(), raising=False)
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    (tmp_path / "personalized" / "a run").mkdir(parents=True)
+    from personalize.nodes import routes
+
+    async def post(path: str, body: bytes, headers: dict[str, str]) -> tuple[int, dict]:
+        app = web.Application()
+        app.add_routes(routes.routes)
+        async with TestClient(TestServer(app)) as client:
+            url = f"/personalize/runs/a%20run/{path}"
+            reply = await client.post(url, data=body, headers=headers)
+            return reply.status, await reply.json()
+
+    def ask(path: str, body: bytes = b"", **headers: str) -> tuple[int, dict, object]:
+        with control.running("a run", "12") as training:
+            return *asyncio.run(post(path, body, headers)), training
+
+    return ask
+
+
+def test_a_wish_is_heard(wish):
+    status, answer, training = wish("stop")
+    assert (status, answer, training.stopping) == (200, {"stopping": True}, True)
+    status, answer, training = wish("pin", b"{}")
+    assert (status, answer, training.take_pins()) == (200, {"step": None}, [None])
+
+
+@pytest.mark.parametrize("path", ["stop", "pin"])
+def test_a_running_training_does_not_hear_other_sites(wish, path):
+    """Also on a ComfyUI that does not look at this header itself."""
+    status, _, training = wish(path, b"{}", **{"Sec-Fetch-Site": "cross-site"})
+    assert status == 403 and not training.stopping and not training.take_pins()
+
+
+@pytest.mark.parametrize("size", [1001, 1 << 20, 30 << 20])
+def test_a_body_that_is_too_long_is_refused(wish, size):
+    status, answer, training = wish("pin", b" " * (size - 2) + b"{}")
+    assert status == 413 and "too long" in answer["error"] and not training.take_pins()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"[]", b"3", b"{", b"\xff\xfe", b'{"step": -1}', b'{"step": "1"}', b'{"step": true}'),
+        *(b'{"step": 1.0}', b"[" * 900, b'{"step": [1]}', b'{"step": {}}'),
+    ],
+)
+def test_a_wish_that_is_none_is_refused(wish, body):
+    status, answer, training = wish("pin", body)
+    assert status == 400 and "step" in answer["error"] and not training.take_pins()
+
+
+def test_a_step_that_is_not_kept_can_not_be_pinned(wish):
+    status, answer, training = wish("pin", b'{"step": 99999999999999999999}')
+    assert status == 409 and "not kept" in answer["error"] and not training.take_pins()

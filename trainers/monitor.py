@@ -19,8 +19,14 @@ TEMPERATURE = 1000.0  # T of APT's indicator
 SHARE = 0.1  # of a run's work that its evaluations may take
 ROWS_PER_EXAMPLE = 2.5  # forward passes that a trained example costs, there and back
 MOST_ROUNDS = 4
+LARGEST = 1e15  # of the numbers in a history
 BINNED = ("_bins", "gamma")  # how names of values of every bin end
 LATENTS_AT_ONCE = 4 * 64 * 64  # places in the latents of one forward pass: four SD 1.5 pictures
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value out of a file can be computed with; NaN and infinities can."""
+    return type(value) in (int, float) and (abs(value) < LARGEST or not math.isfinite(value))
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,18 @@ class Evaluation:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> "Evaluation":
-        """Read a line of history.jsonl. Raises KeyError or TypeError for another kind of line."""
+        """Read a line of history.jsonl. Raises TypeError for another kind of line."""
         known: dict[str, Any] = {}
-        for name in (f.name for f in fields(cls) if f.name in line):
-            known[name] = line[name]
-            if name.endswith(BINNED) and line[name] is not None:
-                known[name] = tuple(line[name])
-        return cls(**known)
+        for name, value in ((f.name, line[f.name]) for f in fields(cls) if f.name in line):
+            binned = name.endswith(BINNED) and value is not None
+            known[name] = tuple(value) if binned else value
+            numbers = known[name] if binned else [value]
+            if not all(map(is_number, (n for n in numbers if n is not None))):
+                raise TypeError(f"{name} is {value!r:.80}")
+        evaluation = cls(**known)
+        if type(evaluation.step) is not int or not evaluation.train_of_base:
+            raise TypeError(f"step {evaluation.step!r:.80}, base {evaluation.train_of_base!r:.80}")
+        return evaluation
 
 
 class Examination:

@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .monitor import BINS, Evaluation
+from .errors import InputError
+from .monitor import BINS, Evaluation, is_number
 from .verdict import Rules, best_step, grainiest, over_fitting_since, verdict
 
 Point = tuple[float, float]
@@ -36,17 +37,15 @@ class History:
 
     @classmethod
     def of(cls, lines: Iterable[Mapping[str, Any]]) -> "History":
-        """Sort lines; what is not known is left out."""
-        lines = list(lines)
+        """Sort lines; what is not known, or damaged, is left out."""
+        lines = [line for line in lines if type(line.get("step")) is int and line["step"] >= 0]
         measured = [line for line in lines if line.get("evaluation")]
         ends = [line for line in lines if line.get("end")]
-        known = {f.name for f in fields(Rules)}
-        rules = {k: v for line in measured[:1] for k, v in line.get("rules", {}).items()}
         return cls(
-            [(line["step"], line["loss"]) for line in lines if "loss" in line],
-            [Evaluation.from_line(line) for line in measured],
+            [(line["step"], line["loss"]) for line in lines if is_number(line.get("loss"))],
+            list(filter(None, map(evaluation_of, measured))),
             ends[-1] if ends else {},
-            Rules(**{name: value for name, value in rules.items() if name in known}),
+            rules_of(measured[0].get("rules")) if measured else Rules(),
         )
 
     @property
@@ -82,6 +81,24 @@ class History:
             **{name: by_step.get(step) for name, step in steps.items()},
             "evaluations": [asdict(e) for e in self.evaluations],
         }
+
+
+def evaluation_of(line: Mapping[str, Any]) -> Evaluation | None:
+    """Read an evaluation; None where the line is damaged."""
+    try:
+        return Evaluation.from_line(line)
+    except TypeError:
+        return None
+
+
+def rules_of(values: Any) -> Rules:
+    """Read the rules of a run; what is not known, or damaged, is as by default."""
+    given = values if isinstance(values, dict) else {}
+    known = {f.name: given[f.name] for f in fields(Rules) if f.name in given}
+    try:
+        return Rules(**{n: v for n, v in known.items() if type(v) is type(getattr(Rules, n))})
+    except InputError:
+        return Rules()
 
 
 # The picture

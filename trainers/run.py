@@ -114,28 +114,23 @@ class Run:
 
     def pinned(self) -> list[int]:
         """List the steps that are to stay; none where the file is missing or damaged."""
-        try:
-            steps = json.loads((self.folder / "pinned.json").read_text(encoding="utf-8"))
-            return [int(step) for step in steps]
-        except (OSError, TypeError, ValueError):
-            return []
+        steps = read_json(self.folder / "pinned.json")
+        return [n for n in steps if type(n) is int] if isinstance(steps, list) else []
 
     def facts(self) -> dict[str, Any]:
         """Read run.json; {} where it is missing or damaged."""
-        try:
-            facts = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        facts = read_json(self.folder / "run.json")
         return facts if isinstance(facts, dict) else {}
 
     def history(self) -> Lines:
         """Read history.jsonl, without lines that are damaged or not yet whole."""
         path = self.folder / "history.jsonl"
         found = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            with suppress(ValueError):
+        for line in path.read_bytes().splitlines() if path.is_file() else []:
+            with suppress(ValueError, RecursionError):
                 found.append(json.loads(line))
-        return [line for line in found if isinstance(line, dict)]
+        lines = [line for line in found if isinstance(line, dict)]
+        return [line for line in lines if type(line.get("step", 0)) is int]
 
     @property
     def state(self) -> Path:
@@ -239,6 +234,14 @@ def numbers_of(name: str, folders: Iterable[str]) -> set[int]:
 def inside(root: Path, folder: Path) -> bool:
     """Tell whether a folder is below `root`, links followed."""
     return os.path.realpath(folder).startswith(os.path.realpath(root) + os.sep)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def list_runs(root: Path) -> list[str]:
