@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import comfy.lora
@@ -16,6 +17,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from ..trainers.denoiser import Denoiser
+from ..trainers.edits import parameter_name
 from ..trainers.errors import InputError
 
 PREFIX = "diffusion_model."
@@ -151,6 +153,17 @@ def twin_weights(model: ModelPatcher, dtype: torch.dtype) -> dict[str, Tensor]:
     return {
         twin: _weight(model, PREFIX + name, own[name]).to(dtype) for twin, name in names.items()
     }
+
+
+def weight_reader(model: ModelPatcher) -> Callable[[str], Tensor]:
+    """Return what gives a weight by its site in the twin, patches applied, fp32."""
+    own, names = own_weights(model), twin_names(model)
+
+    def read(site: str) -> Tensor:
+        name = names[parameter_name(site)]
+        return _weight(model, PREFIX + name, own[name]).float()
+
+    return read
 
 
 def own_weights(model: ModelPatcher) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from ..trainers.methods import METHODS
 from .combine import Combine
 from .data import Dataset
 from .demo import DemoBase, DemoSubject
+from .export import ExportLoRA
 from .folder import Folder
 from .load import Apply, Load
 from .monitor import Monitor
@@ -23,5 +24,5 @@ class PersonalizeExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         training = [train_node(method) for method in METHODS.values()]
-        using = [Report, Apply, Load, Combine, *UNCONDITIONAL]
+        using = [Report, Apply, Load, Combine, ExportLoRA, *UNCONDITIONAL]
         return [Folder, Dataset, Monitor, *training, *using, DemoBase, DemoSubject]
