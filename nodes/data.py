@@ -1,5 +1,8 @@
 """Personal Dataset: pictures and captions in, latents and text states out; all problems at once."""
 
+import hashlib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +16,7 @@ from ..trainers.data import NO_POOLED, Example, Origin, PersonalData
 from ..trainers.errors import InputError
 from .wires import CATEGORY, PersonalDataWire, at
 
+MOST_CHUNKS = 60  # of tokens, that text states are repeated to in a batch: 1 to 6 go together
 FITS = ("crop", "pad", "as is")
 SIZES = ("as sampled", "as photographed")
 
@@ -144,6 +148,7 @@ class Request:
                 f"is {kept} of {len(pictures)} images, which leaves none to train on; "
                 f"give at most {len(pictures) - 1}, or more images.",
             )
+        self._check_held_out(pictures)
         if prior and not self.class_prompt[0].strip():
             raise InputError(
                 "class_prompt", "is empty, but prior images are connected; say what they show."
@@ -151,6 +156,20 @@ class Request:
         if self.fit[0] == "as is":
             self._check_sizes("images", pictures)
             self._check_sizes("prior_images", prior)
+
+    def _check_held_out(self, pictures: list[Tensor]) -> None:
+        """Refuse to measure on a picture that is trained on."""
+        if not self.hold_out[0]:
+            return
+        kept = len(pictures) - self.hold_out[0]
+        trained = {digest(picture): n for n, picture in enumerate(pictures[:kept], 1)}
+        for n, picture in enumerate(pictures[kept:], kept + 1):
+            if (twin := trained.get(digest(picture))) is not None:
+                raise InputError(
+                    "hold_out",
+                    f"keeps image {n} out of training, which is the same as image {twin}: what is "
+                    "measured on it would say nothing. Remove one of them.",
+                )
 
     def _check_sizes(self, name: str, pictures: list[Tensor]) -> None:
         side = self.resolution[0]
@@ -180,6 +199,24 @@ class Request:
                 "instance_prompt", "is empty and some images have no caption; say what they show."
             )
         return captions
+
+
+def digest(picture: Tensor) -> bytes:
+    """Return a hash of a picture's pixels."""
+    return hashlib.sha256(picture.cpu().contiguous().numpy()).digest()
+
+
+def check_lengths(texts: Iterable[Tensor]) -> None:
+    """Raise InputError for text states, (L, D) each, that one batch could not hold."""
+    lengths = sorted({len(context) for context in texts})
+    chunk = math.gcd(*lengths)
+    if math.lcm(*lengths) > MOST_CHUNKS * chunk:
+        *some, last = [str(length // chunk) for length in lengths]
+        raise InputError(
+            "captions",
+            f"are of {', '.join(some)} and {last} times {chunk} tokens, which together no batch "
+            f"can hold; make the long ones shorter: below {chunk} tokens, about 50 words, is best.",
+        )
 
 
 def unpack(name: str, batches: list[Tensor]) -> list[Tensor]:
@@ -223,6 +260,7 @@ def prepare(
     captions = request.captions_for(len(pictures))
     progress = comfy.utils.ProgressBar(len(pictures) + len(prior))
     texts = {text: encode_text(clip, text) for text in {*captions, request.class_prompt[0], ""}}
+    check_lengths(states for states, _ in texts.values())
 
     def example(picture: Tensor, caption: str) -> Example:
         pixels = fitted(opaque(picture), side, fit)

@@ -1,9 +1,14 @@
 """Load Personal Images: a folder of pictures, upright and opaque, with their captions."""
 
+import asyncio
+import hashlib
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 import numpy as np
 import torch
@@ -11,15 +16,20 @@ from comfy_api.latest import io, ui
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..trainers.errors import InputError
+from ..trainers.errors import InputError, brief, reason_of
 from .wires import CATEGORY, at
 
 NO_FOLDERS = "(no folders yet)"
 PICTURES = {
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"),
-    *(".avif", ".heic", ".heif"),  # not every Pillow reads these: better named than skipped
-}
+    *(".gif", ".jfif", ".avif", ".heic", ".heif"),  # not every Pillow reads the last ones: better
+}  # named than skipped
 SMALLEST = 64  # pixels: below it is a thumbnail, and the smallest training resolution
+LARGEST = 2**27  # pixels; 16k x 8k
+LONGEST_CAPTION = 20_000  # bytes
+LOOKED_INTO = 2**31  # pixels that are decoded before a prompt is queued, once for each file
+ROWS = 1024  # that are turned to floats at once
+ROOM = 0.8  # share of the free memory that the pictures may take
 
 
 class Folder(io.ComfyNode):
@@ -42,7 +52,18 @@ class Folder(io.ComfyNode):
                     options=folder_paths.get_input_subfolders() or [NO_FOLDERS],
                     tooltip="A folder inside ComfyUI's input folder. Put your pictures there, and "
                     "press R here.",
-                )
+                ),
+                io.Int.Input(
+                    "shorter_side",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Scale larger pictures down while they are read, until their shorter "
+                    "side has so many pixels. 0: as they are. For hundreds of pictures: Personal "
+                    "Dataset's 'resolution', so that they fit into memory.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -59,32 +80,30 @@ class Folder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder):
-        """Check the choice ourselves: the list in the page is older than the folder."""
+    async def validate_inputs(cls, folder):
+        """Look at the files before anything runs: the page's list is older than the folder."""
         try:
             with at(cls):
-                picture_files(folder)
+                await asyncio.to_thread(lambda: preflight(picture_files(folder)))
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, folder):
+    def fingerprint_inputs(cls, folder, shorter_side=0):
         """Load again when a file came, went or changed."""
         with at(cls):
             files = sorted(inside_input(folder).iterdir())
-        return str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+        return str([shorter_side, *((f.name, *version(f)) for f in files)])
 
     @classmethod
     @torch.inference_mode(False)
     @torch.no_grad()
-    def execute(cls, folder) -> io.NodeOutput:
+    def execute(cls, folder, shorter_side=0) -> io.NodeOutput:
         with at(cls):
-            pictures = load(picture_files(folder))
+            pictures = load(picture_files(folder), shorter_side)
         captions = [picture.caption for picture in pictures]
-        sizes = sorted({f"{p.pixels.shape[2]}x{p.pixels.shape[1]}" for p in pictures})
-        told = f"{len(pictures)} pictures, {sum(map(bool, captions))} with a caption, "
-        told += f"of {', '.join(sizes[:6])}{', …' if len(sizes) > 6 else ''} pixels"
+        told = summary(pictures)
         return io.NodeOutput([p.pixels for p in pictures], captions, ui=ui.PreviewText(told))
 
 
@@ -92,20 +111,45 @@ class Folder(io.ComfyNode):
 class Picture:
     """A picture and what its text file says."""
 
+    name: str
     pixels: Tensor  # (1, H, W, 3) in [0, 1]
     caption: str
+
+
+def summary(pictures: list[Picture]) -> str:
+    """Say what was loaded, and which pictures are the same."""
+    sizes = sorted({f"{p.pixels.shape[2]}x{p.pixels.shape[1]}" for p in pictures})
+    captioned = sum(bool(picture.caption) for picture in pictures)
+    told = f"{len(pictures)} pictures, {captioned} with a caption, "
+    told += f"of {', '.join(sizes[:6])}{', …' if len(sizes) > 6 else ''} pixels"
+    same = "; ".join(f"{later} is {first}" for first, later in twins(pictures))
+    return f"{told}. The same picture twice: {brief(same, 1000)}" if same else told
+
+
+def twins(pictures: list[Picture]) -> list[tuple[str, str]]:
+    """Return (name of the first, name of the later) of pictures that are equal in every pixel."""
+    seen: dict[bytes, str] = {}
+    found = []
+    for picture in pictures:
+        digest = (
+            hashlib.sha256(picture.pixels.numpy()).digest() + str(picture.pixels.shape).encode()
+        )
+        if digest in seen:
+            found.append((seen[digest], picture.name))
+        seen.setdefault(digest, picture.name)
+    return found
 
 
 def inside_input(folder: str) -> Path:
     """Return the path of a folder. Raises InputError when it leaves the input folder."""
     root = os.path.realpath(folder_paths.get_input_directory())
-    path = os.path.realpath(os.path.join(root, folder))
+    path = os.path.realpath(os.path.join(root, folder.replace("\0", "?")))
     if not path.startswith(root + os.sep) or not os.path.isdir(path):
         there = ", ".join(folder_paths.get_input_subfolders()[:10]) or "none yet"
         raise InputError(
             "folder",
-            f"is '{folder}', but ComfyUI's input folder has no such folder. There are: {there}. "
-            f"Put your pictures into a folder in {root}.",
+            f"is '{brief(folder)}', but ComfyUI's input folder has no such folder. There are: "
+            f"{there}. Put your pictures into a folder there.",
         )
     return Path(path)
 
@@ -124,46 +168,78 @@ def picture_files(folder: str) -> list[Path]:
     return pictures
 
 
-def load(files: list[Path]) -> list[Picture]:
-    """Read pictures and captions. Raises InputError naming every file that can not be used."""
-    pictures, problems = [], []
+# Before anything runs
+
+
+_good: dict[Path, tuple[int, int]] = {}  # files that were decoded, in the version that was
+
+
+def version(file: Path) -> tuple[int, int]:
+    """Return what changes when a file does."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def preflight(files: list[Path]) -> None:
+    """Raise InputError naming every file that can not be used; decodes no more than LOOKED_INTO."""
+    left = LOOKED_INTO
+    problems = []
     for file in files:
-        try:
-            pictures.append(Picture(read_picture(file), read_caption(file)))
-        except UnidentifiedImageError:
-            problems.append(f"{file.name} (not a picture of a kind that can be read here)")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            problems.append(f"{file.name} ({error})")
+        with noted(file, problems):
+            read_caption(file)
+            with opened(file) as image:
+                left -= image.width * image.height
+                if left > 0 and _good.get(file) != version(file):
+                    image.load()
+                    _good[file] = version(file)
+    refuse(problems, len(files))
+
+
+@contextmanager
+def noted(file: Path, problems: list[str]) -> Iterator[None]:
+    """Go on after a file that can not be used, with the reason among `problems`."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        problems.append(f"{file.name} (not a picture of a kind that can be read here)")
+    except Image.DecompressionBombError:
+        problems.append(f"{file.name} (more than {LARGEST // 10**6} million pixels)")
+    except Exception as error:  # Pillow's readers of formats raise whatever they meet
+        problems.append(f"{file.name} ({reason_of(error) if is_of_system(error) else error})")
+
+
+def is_of_system(error: Exception) -> bool:
+    """Tell an error that would show a folder from one of Pillow's."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def refuse(problems: list[str], count: int) -> None:
+    """Raise InputError when there are problems, with all of them."""
     if problems:
         raise InputError(
             "folder",
-            f"has {len(problems)} of {len(files)} pictures that can not be used: "
+            f"has {len(problems)} of {count} pictures that can not be used: "
             f"{'; '.join(problems)}. Replace or remove them.",
         )
-    return pictures
 
 
-def read_picture(file: Path) -> Tensor:
-    """Return the first frame, upright, transparency on white: (1, H, W, 3) in [0, 1]."""
+@contextmanager
+def opened(file: Path) -> Iterator[Image.Image]:
+    """Open a picture, whose pixels are not read yet. Raises ValueError for one of no use."""
+    root = os.path.realpath(folder_paths.get_input_directory())
+    if file.is_symlink() and not os.path.realpath(file).startswith(root + os.sep):
+        raise ValueError("a link out of ComfyUI's input folder")
     if file.stat().st_size == 0:
         raise ValueError("the file is empty")
-    with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if min(image.size) < SMALLEST:
-            raise ValueError(f"only {image.width}x{image.height} pixels, at least {SMALLEST}")
-        return torch.from_numpy(opaque(image))[None]
-
-
-def opaque(image: Image.Image) -> np.ndarray:
-    """Return the colours on white, (H, W, 3) float32 in [0, 1]."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to 8
-        grey = np.asarray(image).astype(np.float32) / 65535
-        return np.repeat(grey[..., None], 3, axis=2).clip(0, 1)
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return np.asarray(image.convert("RGB")).astype(np.float32) / 255
-    rgba = np.asarray(image.convert("RGBA")).astype(np.float32) / 255
-    colour, alpha = rgba[..., :3], rgba[..., 3:]
-    return colour * alpha + (1 - alpha)
+    with Image.open(file) as image:
+        width, height = image.size
+        if min(width, height) < SMALLEST:
+            raise ValueError(f"only {width}x{height} pixels, at least {SMALLEST}")
+        if width * height > LARGEST:
+            raise ValueError(f"{width}x{height}: more than {LARGEST // 10**6} million pixels")
+        if image.mode == "F":
+            raise ValueError("numbers without a range; save it with 8 or 16 bits")
+        yield image
 
 
 def read_caption(file: Path) -> str:
@@ -171,7 +247,107 @@ def read_caption(file: Path) -> str:
     text = file.with_suffix(".txt")
     if not text.is_file():
         return ""
+    if text.is_symlink() and text.resolve().parent != file.resolve().parent:
+        raise ValueError(f"its caption {text.name} is a link out of the folder")
+    if text.stat().st_size > LONGEST_CAPTION:
+        kilobytes = text.stat().st_size / 1000
+        raise ValueError(f"its caption {text.name} has {kilobytes:.0f} kB, at most 20")
     try:
         return " ".join(text.read_text(encoding="utf-8-sig").split())
     except UnicodeDecodeError as error:
         raise ValueError(f"its caption {text.name} is not UTF-8 text") from error
+
+
+# Reading
+
+
+def load(files: list[Path], shorter_side: int = 0) -> list[Picture]:
+    """Read pictures and captions. Raises InputError naming every file that can not be used, or
+    when all of them together do not fit into memory.
+    """
+    pictures: list[Picture] = []
+    problems: list[str] = []
+    check_memory(files, shorter_side)
+    for file in files:
+        with noted(file, problems):
+            pixels = read_picture(file, shorter_side)
+            pictures.append(Picture(file.name, pixels, read_caption(file)))
+        if problems:  # what is read from now on is only looked at
+            pictures.clear()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+    refuse(problems, len(files))
+    return pictures
+
+
+def check_memory(files: list[Path], shorter_side: int) -> None:
+    """Raise InputError when the pictures would not fit into the memory that is free."""
+    needed = 0
+    for file in files:
+        with noted(file, []), opened(file) as image:
+            width, height = scaled_size(image.size, shorter_side)
+            needed += width * height * 3 * 4
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if needed > ROOM * free:
+        raise InputError(
+            "shorter_side",
+            f"is {shorter_side}, at which {len(files)} pictures take {needed / 1e9:.1f} GB of "
+            f"memory, and {free / 1e9:.1f} GB are free; give the 'resolution' of Personal Dataset.",
+        )
+
+
+def read_picture(file: Path, shorter_side: int = 0) -> Tensor:
+    """Return the first frame, upright, transparency on white: (1, H, W, 3) in [0, 1]."""
+    with opened(file) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return torch.from_numpy(opaque(shrunk(image, shorter_side)))[None]
+
+
+def scaled_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
+    """Return (width, height) after scaling down; `shorter_side` 0 leaves them."""
+    width, height = size
+    scale = shorter_side / min(size) if shorter_side else 1.0
+    return (round(width * scale), round(height * scale)) if scale < 1 else (width, height)
+
+
+def shrunk(image: Image.Image, shorter_side: int) -> Image.Image:
+    """Scale a picture down."""
+    size = scaled_size(image.size, shorter_side)
+    if size == image.size:
+        return image
+    if image.mode.startswith("I"):
+        return image.convert("I").convert("F").resize(size, Image.Resampling.LANCZOS)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def opaque(image: Image.Image) -> np.ndarray:
+    """Return the colours on white, (H, W, 3) float32 in [0, 1]."""
+    found = np.empty((image.height, image.width, 3), np.float32)
+    for top in range(0, image.height, ROWS):  # so that little is held besides the picture itself
+        rows = image.crop((0, top, image.width, min(image.height, top + ROWS)))
+        found[top : top + ROWS] = kind_of(rows)(rows)
+    return found
+
+
+def kind_of(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
+    """Return what turns a picture of this mode to colours."""
+    if image.mode.startswith(("I", "F")):
+        return sixteen_bits
+    if "A" in image.getbands() or "transparency" in image.info:
+        return on_white
+    return lambda rows: np.asarray(rows.convert("RGB")).astype(np.float32) / 255
+
+
+def sixteen_bits(image: Image.Image) -> np.ndarray:
+    """Read 16 bits a pixel, which convert() would clip to 8."""
+    grey = np.asarray(image).astype(np.float32) / 65535
+    return np.repeat(grey[..., None], 3, axis=2).clip(0, 1)
+
+
+def on_white(image: Image.Image) -> np.ndarray:
+    rgba = np.asarray(image.convert("RGBA")).astype(np.float32) / 255
+    colour, alpha = rgba[..., :3], rgba[..., 3:]
+    return colour * alpha + (1 - alpha)

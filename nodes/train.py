@@ -344,8 +344,15 @@ class Session:
             f"(mean of the last 50), {learned.parameters:,} learned numbers, "
             f"saved as run '{watch.run.name}'{self._verdict_text(learned)}"
         )
-        more = [*watch.trouble, *filter(None, [self.said])]
+        more = [*watch.trouble, *filter(None, [self.said, self._repeats])]
         return ". ".join([text, *(f"{said[0].upper()}{said[1:]}" for said in more)])
+
+    @property
+    def _repeats(self) -> str:
+        """Say when a batch is larger than the set."""
+        size, count = self.method.settings.batch_size, len(self.data.training)
+        times = f"{size / count:.1f} times a step"
+        return f"every picture was shown {times}: 'batch_size' is {size}" if size > count else ""
 
     def _verdict_text(self, learned: Personalization) -> str:
         assert self.watch is not None

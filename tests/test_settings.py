@@ -29,7 +29,10 @@ def test_every_setting_explains_itself_and_refuses_what_is_outside(settings, fie
     else:
         assert limits["min"] <= field.default <= limits["max"]
         wrong = [limits["min"] - 1, limits["max"] + 1, float("nan"), float("inf")]
-        for edge in (limits["min"], limits["max"]):
+        edges = [limits["min"], limits["max"]]
+        if field.name == "learning_rate":  # the page may show 0, but nothing learns at it
+            wrong.append(edges.pop(0))
+        for edge in edges:
             settings(**{field.name: edge})
     for value in wrong:
         with pytest.raises(InputError, match=f"'{field.name}' is ") as error:

@@ -160,6 +160,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.learning_rate == 0:
+            usual = type(self).learning_rate
+            raise InputError(
+                "learning_rate", f"is 0.0, at which nothing is learned; give {usual:g}."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
