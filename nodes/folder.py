@@ -143,7 +143,10 @@ def twins(pictures: list[Picture]) -> list[tuple[str, str]]:
 def inside_input(folder: str) -> Path:
     """Return the path of a folder. Raises InputError when it leaves the input folder."""
     root = os.path.realpath(folder_paths.get_input_directory())
-    path = os.path.realpath(os.path.join(root, folder.replace("\0", "?")))
+    try:
+        path = os.path.realpath(os.path.join(root, folder))
+    except ValueError:  # null bytes, and what no file system can write
+        path = root
     if not path.startswith(root + os.sep) or not os.path.isdir(path):
         there = ", ".join(folder_paths.get_input_subfolders()[:10]) or "none yet"
         raise InputError(

@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..trainers.data import PersonalData
-from ..trainers.errors import InputError
+from ..trainers.errors import InputError, brief
 from ..trainers.methods import a3ft
 from ..trainers.pixel_folder import is_unconditional, load_unconditional
 from ..trainers.run import Run, check_name
@@ -123,7 +123,7 @@ def base_folder(name: str) -> Path:
     if name not in known:
         raise InputError(
             "base",
-            f"is '{name}', but models/diffusers has no such unconditional base. There are: "
+            f"is '{brief(name)}', but models/diffusers has no such unconditional base. There are: "
             f"{', '.join(list(known)[:10])}. Put a diffusers folder with a UNet2DModel there.",
         )
     return known[name]

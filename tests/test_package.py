@@ -15,11 +15,23 @@ from tests.published import ROOT, published_files
 FORBIDDEN_IMPORTS = {
     *("pickle", "cPickle", "dill", "marshal", "shelve", "subprocess", "multiprocessing"),
     *("requests", "urllib", "http", "socket", "ftplib", "pip", "ensurepip", "ctypes"),
+    *("urllib3", "httpx", "smtplib", "ssl", "socketserver", "xmlrpc", "webbrowser", "pty"),
+    *("runpy", "code", "codeop", "huggingface_hub", "modelscope", "gradio", "websockets"),
 }
 FORBIDDEN_CALLS = {
     *("eval", "exec", "compile", "__import__", "torch.load", "torch.save", "os.system", "os.popen"),
-    *("joblib.load", "numpy.load", "np.load"),
+    *("joblib.load", "numpy.load", "np.load", "os.putenv", "os.unsetenv", "os.chdir", "os.umask"),
+    *("os.fork", "os.kill", "os.startfile", "asyncio.open_connection", "aiohttp.ClientSession"),
+    *("asyncio.create_subprocess_exec", "asyncio.create_subprocess_shell", "torch.hub.load"),
 }
+FORBIDDEN_STARTS = (
+    "os.exec",
+    "os.spawn",
+    "os.posix_spawn",
+    "os.environ",
+    "sys.path",
+    "sys.modules",
+)
 FORBIDDEN_IN_PAGES = r"\beval\s*\(|new\s+Function\b|innerHTML|https?://(?!www\.w3\.org/)"
 
 
@@ -106,7 +118,20 @@ def forbidden(source: str) -> list[tuple[int, str]]:
             found.append((node.lineno, node.module))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in FORBIDDEN_CALLS:
             found.append((node.lineno, ast.unparse(node.func)))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith(FORBIDDEN_STARTS):
+            found.append((node.lineno, ast.unparse(node)))
+        elif isinstance(node, ast.Call) and goes_online(node):
+            found.append((node.lineno, ast.unparse(node)))
     return found
+
+
+def goes_online(call: ast.Call) -> bool:
+    """Tell whether diffusers or transformers may download what they are asked for."""
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    return (
+        ast.unparse(call.func).endswith(".from_pretrained")
+        and given.get("local_files_only") != "True"
+    )
 
 
 def is_forbidden(module: str) -> bool:
@@ -121,10 +146,23 @@ def is_forbidden(module: str) -> bool:
         "torch.load(x)",
         "eval('1')",
         "import http.client",
+        "os.environ['A'] = '1'",
+        "os.environ.setdefault('A', '1')",
+        "os.execv('/bin/true', [])",
+        "sys.path.insert(0, 'x')",
+        "UNet2DModel.from_pretrained('a/b')",
+        "from huggingface_hub import hf_hub_download",
     ],
 )
 def test_the_safety_check_notices(source):
     assert forbidden(source)
+
+
+def test_the_checks_of_the_registrys_own_tool_pass():
+    """What `comfy node validate` runs, on the whole checkout."""
+    command = [sys.executable, "-m", "ruff", "check", ".", "-q", "--select", "S102,S307,E702"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_pages_run_no_strings_and_load_nothing_from_elsewhere():

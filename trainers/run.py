@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .artifact import Header, Personalization, atomic
-from .errors import InputError
+from .errors import InputError, brief
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,79}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
@@ -73,7 +73,9 @@ class Run:
         """Find a run by name. Raises InputError when there is none, or the name leaves `root`."""
         if not NAME.fullmatch(name) or not inside(root, root / name) or not (root / name).is_dir():
             there = ", ".join(list_runs(root)[:10]) or "none yet: train one first"
-            raise InputError("run", f"is '{name}', but no such run exists. There are: {there}.")
+            raise InputError(
+                "run", f"is '{brief(name)}', but no such run exists. There are: {there}."
+            )
         return cls(root / name)
 
     @property
@@ -179,7 +181,7 @@ class Run:
         if checkpoint not in self.checkpoints():
             there = ", ".join(self.checkpoints()) or "none"
             raise InputError(
-                "checkpoint", f"is '{checkpoint}', but run '{self.name}' has: {there}."
+                "checkpoint", f"is '{brief(checkpoint)}', but run '{self.name}' has: {there}."
             )
         return Personalization.load(self.path(checkpoint))
 
@@ -210,8 +212,8 @@ def check_name(name: str) -> None:
     if not NAME.fullmatch(name) or RESERVED.fullmatch(name) or name.endswith((" ", ".")):
         raise InputError(
             "name",
-            f"is '{name}'; give up to 80 letters, digits, spaces, dots, dashes or underscores, "
-            "starting with a letter or digit.",
+            f"is '{brief(name)}'; give up to 80 letters, digits, spaces, dots, dashes or "
+            "underscores, starting with a letter or digit.",
         )
 
 
