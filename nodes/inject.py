@@ -3,6 +3,7 @@
 import secrets
 import weakref
 from collections.abc import Mapping
+from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection
@@ -27,6 +28,16 @@ def add_time_aware(
     model.set_injections(key, [PatcherInjection(inject=hooks.put_in, eject=hooks.take_out)])
     patcher = ModelPatcher(adapter, model.load_device, model.offload_device)
     model.set_additional_models(key, [patcher])
+    model.add_object_patch("model_config.process_unet_state_dict_for_saving", refuse_saving)
+
+
+def refuse_saving(_: Any) -> None:
+    """Keep Save Checkpoint and its like from writing files that lack the adapter."""
+    raise ValueError(
+        "The model carries A3FT's time-aware adapter: modules that join the network, which no "
+        "checkpoint holds. Keep the run instead, and load it with Load Personalization; or train "
+        "with 'mode' attention, whose weights can be saved."
+    )
 
 
 class Hooks:

@@ -6,7 +6,7 @@ real ones, of several sizes, one turned by its EXIF note, one with transparent p
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,12 @@ from tests import stock
 from tests.stock import CHECKPOINT, INPAINTING
 
 pytestmark = pytest.mark.server
-METHODS = {"LoRA": {}, "PaRa": {"rank": 2}, "A3FT": {"gate": "half"}}
+METHODS = {
+    "LoRA": {},
+    "PaRa": {"rank": 2},
+    "A3FT": {"gate": "half"},
+    "DreamBooth": {"free": "attention", "learning_rate": 1e-3},
+}
 FOLDER = "photographs"
 
 
@@ -123,6 +128,71 @@ def test_a_lora_runs_file_is_an_ordinary_lora_file(trained, bench):
     lora = graph.add("LoraLoaderModelOnly", model=(base, 0), **how)
     saved = stock.sample(graph, base, (lora, 0))
     assert np.array_equal(bench.pictures(bench.run(graph), saved)[0], trained.pictures["tuned"])
+
+
+def reloaded(bench: Bench, trained: Trained, save: Callable, use: Callable) -> np.ndarray:
+    """Return a picture by what an exporting prompt wrote, used in a second prompt.
+
+    save: adds the exporting node, given a graph, the stock loader and Load Personalization.
+    use: adds the stock loader of what was written; returns (what has CLIP and VAE, the MODEL).
+    """
+    graph = Graph()
+    base = stock.load_checkpoint(graph)
+    load = graph.add("PersonalizeLoad", model=(base, 0), run=trained.run, checkpoint="last")
+    save(graph, base, load)
+    bench.run(graph)
+    graph = Graph()
+    saved = stock.sample(graph, *use(graph))
+    return bench.pictures(bench.run(graph), saved)[0]
+
+
+@pytest.mark.parametrize("trained", ["LoRA", "PaRa"], indirect=True)
+def test_an_exported_lora_is_listed_and_draws_the_same(trained, bench):
+    """Without this pack's nodes: Load LoRA finds it where it lies."""
+    name = f"exported {trained.run}"
+
+    def save(graph, base, load):
+        how = {"personalized": (load, 2), "model": (base, 0), "filename_prefix": f"mine/{name}"}
+        graph.add("PersonalizeExportLoRA", **how)
+
+    def use(graph):
+        base = stock.load_checkpoint(graph)
+        how = {"lora_name": f"mine/{name}.safetensors", "strength_model": 1.0}
+        return base, (graph.add("LoraLoaderModelOnly", model=(base, 0), **how), 0)
+
+    drawn = reloaded(bench, trained, save, use).astype(int)
+    assert np.abs(drawn - trained.pictures["tuned"]).max() <= 1  # of PaRa, another rounding
+
+
+@pytest.mark.parametrize("trained", ["LoRA", "PaRa", "DreamBooth"], indirect=True)
+def test_stock_save_checkpoint_writes_what_was_learned(trained, bench):
+    def save(graph, base, load):
+        parts = {"model": (load, 0), "clip": (base, 1), "vae": (base, 2)}
+        graph.add("CheckpointSave", **parts, filename_prefix=f"checkpoints/{trained.run}")
+
+    def use(graph):
+        merged = stock.load_checkpoint(graph, f"{trained.run}_00001_.safetensors")
+        return merged, (merged, 0)
+
+    assert np.array_equal(reloaded(bench, trained, save, use), trained.pictures["tuned"])
+
+
+@pytest.mark.parametrize("trained", ["A3FT"], indirect=True)
+def test_a_checkpoint_that_would_lack_a3fts_adapter_is_not_written(trained, bench, base_before):
+    def save(graph, base, load):
+        parts = {"model": (load, 0), "clip": (base, 1), "vae": (base, 2)}
+        graph.add("CheckpointSave", **parts, filename_prefix="checkpoints/lacking")
+
+    def use(graph):
+        raise AssertionError("it was written")
+
+    with pytest.raises(PromptFailed, match=r"time-aware adapter.*Load Personalization"):
+        reloaded(bench, trained, save, use)
+    assert not list(bench.server.output_dir.rglob("lacking*"))
+    graph = Graph()
+    base = stock.load_checkpoint(graph)
+    saved = stock.sample(graph, base, (base, 0), again=True)
+    assert np.array_equal(bench.pictures(bench.run(graph), saved)[0], base_before)
 
 
 def test_strength_zero_is_the_base_bit_for_bit(trained, base_before):
