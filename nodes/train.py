@@ -254,6 +254,8 @@ class Session:
                     cancel = isinstance(error, comfy.model_management.InterruptProcessingException)
                     watch.rescue(step, INTERRUPTED if cancel else FAILED)
                     raise
+                finally:
+                    step.free()  # a traceback may hold the step
         return watch.evaluator.restored(learned) if watch.evaluator else learned
 
     def _header(self) -> Header:

@@ -104,6 +104,8 @@ class Watch:
                 keep(step)
             except Exception as error:  # what the run broke off with is what people shall read
                 logging.warning(f"Personalize: run '{self.run.name}' kept less: {error}")
+        if self.run.state.is_file():
+            self._say(f"{reason} after step {step.index}: queue again, and it goes on")
 
     def _record(self, step: Step) -> None:
         """Put what a step did into the history."""
@@ -167,7 +169,10 @@ class Watch:
         if self.evaluator is not None and self.evaluator.newest is not None:
             preview, self.evaluator.newest = ("JPEG", self.evaluator.newest, PREVIEW), None
         self.progress.update_absolute(step, self.settings.steps, preview)
-        PromptServer.instance.send_progress_text(self._text(step), self.control.shown.node)
+        self._say(self._text(step))
+
+    def _say(self, text: str) -> None:
+        PromptServer.instance.send_progress_text(text, self.control.shown.node)
 
     def _text(self, step: int) -> str:
         total = self.settings.steps

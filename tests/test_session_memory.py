@@ -1,11 +1,14 @@
 """However a training ends, its network is gone and no MODEL stays loaded."""
 
+import weakref
+
 import comfy.model_management as memory
 import pytest
 import torch
 
 from personalize.nodes import load
 from personalize.nodes import train as node
+from personalize.trainers.loop import Learner
 from personalize.trainers.methods import METHODS
 from tests.sessions import session, show
 from tests.test_load import train_on
@@ -39,21 +42,41 @@ def loaded_base():
     assert same(snapshot(base.model), weights)
 
 
-def assert_gone(networks) -> None:
+@pytest.fixture
+def trained(monkeypatch):
+    """What only training needs, as weak references: parameters, their average, the optimiser's."""
+    seen = []
+    advance = Learner.advance
+
+    def noted(learner, *step):
+        loss = advance(learner, *step)
+        moments = [t for s in learner.optimizer.state.values() for t in s.values()]
+        averages = learner.average.shadow_params if learner.average is not None else []
+        tensors = [*learner.parameters, *averages, *moments]
+        seen[:] = [weakref.ref(tensor) for tensor in tensors if tensor.numel() > 1]
+        return loss
+
+    monkeypatch.setattr(Learner, "advance", noted)
+    return seen
+
+
+def assert_gone(networks, trained=()) -> None:
+    assert not any(reference() is not None for reference in trained)
     assert len(networks) == 1
     assert all(parameter.is_meta for parameter in networks[0].parameters())
     assert memory.current_loaded_models == []
 
 
-def test_after_a_training_that_failed(networks, loaded_base, monkeypatch):
+def test_after_a_training_that_failed(networks, trained, loaded_base, monkeypatch):
     def fail_at_step_three(text):
         if text.startswith("step 3 "):
             raise torch.OutOfMemoryError("out of memory")
 
     show(monkeypatch, fail_at_step_three)
-    with pytest.raises(MemoryError, match="gradient_checkpointing"):
-        session(model=loaded_base).train()
-    assert_gone(networks)
+    with pytest.raises(MemoryError, match="gradient_checkpointing") as failure:
+        session(model=loaded_base, ema_decay=0.5).train()
+    assert_gone(networks, trained)
+    assert failure.tb is not None  # a traceback is still there
 
 
 def test_after_a_training_that_failed_in_its_first_step(networks, loaded_base, monkeypatch):
@@ -66,15 +89,18 @@ def test_after_a_training_that_failed_in_its_first_step(networks, loaded_base, m
     assert broken.watch is None
 
 
-def test_after_a_training_that_was_interrupted(networks, loaded_base, monkeypatch, tmp_path):
+def test_after_a_training_that_was_interrupted(
+    networks, trained, loaded_base, monkeypatch, tmp_path
+):
     def interrupt_at_step_three(text):
         if text.startswith("step 3 "):
             memory.interrupt_current_processing(True)
 
     show(monkeypatch, interrupt_at_step_three)
     with pytest.raises(memory.InterruptProcessingException):
-        session(model=loaded_base).train()
-    assert_gone(networks)
+        session(model=loaded_base, ema_decay=0.5).train()
+    assert len(trained) > 100
+    assert_gone(networks, trained)
     assert not memory.processing_interrupted()
     assert (tmp_path / "some" / "last.safetensors").is_file()
 

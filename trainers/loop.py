@@ -34,6 +34,8 @@ class Step(Done):
     kept: Callable[[], AbstractContextManager[None]]
     # a snapshot of all that it takes to go on from here; see Learner
     state: Callable[[], State]
+    # let go of all that, whoever still holds a step: nothing can be asked any more
+    free: Callable[[], None]
 
 
 @torch.inference_mode(False)  # gradients on; a decorator, unlike a with-block, ends at each yield
@@ -108,7 +110,11 @@ class Learner:
     def step(self, done: Done) -> Step:
         """Say what a step did, and offer what there is now."""
         return Step(
-            **vars(done), learned=self.learned, kept=self.kept, state=lambda: self.state(done)
+            **vars(done),
+            learned=self.learned,
+            kept=self.kept,
+            state=lambda: self.state(done),
+            free=self.free,
         )
 
     @contextmanager
@@ -129,6 +135,13 @@ class Learner:
         """Return a snapshot of what is learned."""
         with self.kept():
             return self.method.learned(self.denoiser.unet)
+
+    def free(self) -> None:
+        """Let go of everything."""
+        self.optimizer.state.clear()
+        self.optimizer.param_groups.clear()
+        self.parameters.clear()
+        self.average = None
 
     def state(self, done: Done) -> State:
         """Return a snapshot of all that moves.
