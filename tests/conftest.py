@@ -8,6 +8,7 @@ finder maps the few names tests import, and ComfyUI comes last on the path:
     from headless import Comfy              the headless client
 """
 
+import importlib
 import importlib.machinery
 import importlib.util
 import os
@@ -53,6 +54,7 @@ def prepare_comfyui(base: str) -> Path:
     """Let `import comfy…` work here: on the CPU, with its folders under `base`."""
     path = find_comfyui()
     sys.path.append(str(path))
+    importlib.import_module("utils.extra_config")  # first, as in main.py: nodes.py hides it
     import comfy.options
 
     comfy.options.enable_args_parsing(False)
