@@ -9,6 +9,7 @@ from PIL import Image
 from headless import Graph
 
 CHECKPOINT, INPAINTING = "random-sd15.safetensors", "random-inpainting.safetensors"
+PART = "random-part.safetensors"
 
 
 def write_checkpoints(folder: Path) -> None:
@@ -32,6 +33,21 @@ def write_checkpoints(folder: Path) -> None:
     rest |= {f"first_stage_model.{name}": weight for name, weight in vae.items()}
     write(folder / CHECKPOINT, one_level_unet(4) | rest)
     write(folder / INPAINTING, one_level_unet(9))
+
+
+def write_parts(models: Path) -> None:
+    """Write the parts of CHECKPOINT as files of their own, for the loaders of parts."""
+    from safetensors.torch import load_file, save_file
+
+    whole = load_file(models / "checkpoints" / CHECKPOINT)
+    for folder, prefix in {
+        "diffusion_models": "model.diffusion_model.",
+        "text_encoders": "cond_stage_model.transformer.",
+        "vae": "first_stage_model.",
+    }.items():
+        part = {n.removeprefix(prefix): w for n, w in whole.items() if n.startswith(prefix)}
+        (models / folder).mkdir(exist_ok=True)
+        save_file(part, models / folder / PART)
 
 
 def one_level_unet(in_channels: int) -> dict[str, torch.Tensor]:

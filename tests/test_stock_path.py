@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from headless import Comfy, ComfyServer, Graph, PromptFailed, fill_defaults
 from headless.client import Result
@@ -144,6 +146,28 @@ def reloaded(bench: Bench, trained: Trained, save: Callable, use: Callable) -> n
     graph = Graph()
     saved = stock.sample(graph, *use(graph))
     return bench.pictures(bench.run(graph), saved)[0]
+
+
+@pytest.mark.parametrize("trained", ["LoRA"], indirect=True)
+def test_loaders_of_parts_train_the_same(trained, bench):
+    """Load Diffusion Model, Load CLIP and Load VAE, instead of a checkpoint."""
+    stock.write_parts(bench.server.base / "models")
+    graph = Graph()
+    unet = graph.add("UNETLoader", unet_name=stock.PART, weight_dtype="default")
+    clip = (graph.add("CLIPLoader", clip_name=stock.PART, type="stable_diffusion"), 0)
+    vae = (graph.add("VAELoader", vae_name=stock.PART), 0)
+    folder = graph.add("PersonalizeImageFolder", folder=FOLDER)
+    pictures = {"images": (folder, 0), "captions": (folder, 1), "hold_out": 1}
+    how = {"resolution": 64, "clip": clip, "vae": vae}
+    data = graph.add("PersonalizeDataset", **pictures, **how)
+    node = stock.train(graph, "LoRA", (unet, 0), (data, 0), name="parts")
+    graph.add("PersonalizeExportLoRA", personalized=(node, 1), filename_prefix="parts")
+    bench.run(graph)
+    file = bench.server.output_dir / "loras" / "parts.safetensors"
+    run = bench.server.output_dir / "personalized" / trained.run / "last.safetensors"
+    ours, theirs = load_file(file), load_file(run)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
 
 
 @pytest.mark.parametrize("trained", ["LoRA", "PaRa"], indirect=True)
