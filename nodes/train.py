@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, ClassVar, Protocol
 
@@ -233,7 +234,7 @@ class Session:
             first = step = next(steps)  # a run that can not start leaves no folder
             run = found.run or self._create(inputs)
             self.said = self._story(found, run)
-            header = replace(self._header(), run=run.name)
+            header = replace(self._header, run=run.name)
             with (
                 held(run.claim(patience=A_WHILE) if found.claim is None else None),
                 control.running(run.name, self.place.node, self.place.workflow) as wishes,
@@ -258,8 +259,9 @@ class Session:
                     step.free()  # a traceback may hold the step
         return watch.evaluator.restored(learned) if watch.evaluator else learned
 
+    @cached_property
     def _header(self) -> Header:
-        """Return the header of the run's files."""
+        """The header of the run's files, but for the run's name."""
         return Header(
             method=self.method.name,
             step=0,
@@ -273,12 +275,12 @@ class Session:
     def _inputs(self) -> dict[str, Any]:
         """Return all that a run depends on, for run.json."""
         monitor = described_monitor(self.monitoring) if self.monitoring is not None else None
-        return asdict(self._header()) | {"monitor": monitor, "encoded": sketch(self.data)}
+        return asdict(self._header) | {"monitor": monitor, "encoded": sketch(self.data)}
 
     def _create(self, inputs: dict[str, Any]) -> Run:
         """Make the run's folder."""
         more = {name: inputs[name] for name in ("monitor", "encoded")}
-        return Run.create(runs_root(), self.name, self._header(), **more)
+        return Run.create(runs_root(), self.name, self._header, **more)
 
     def _story(self, found: Found, run: Run) -> str:
         """Say how the run came to be; nothing of the first one of a name."""
