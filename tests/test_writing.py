@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from headless import Graph, PromptFailed, fill_defaults
 from personalize.trainers.artifact import LEFT_BEHIND, Header, Personalization
 from personalize.trainers.errors import DiskError, InputError
 from personalize.trainers.run import Run, list_runs
@@ -251,3 +252,42 @@ def test_folders_that_may_not_be_read_do_not_hide_the_other_runs(run):
             folder.chmod(mode)
     assert told.startswith("(['a run', 'closed too'], \"'checkpoint' names last.safetensors, which")
     assert "Permission denied" in told and str(run.folder.parent) not in told
+
+
+# In a server
+
+
+@contextlib.contextmanager
+def full_for(pid: int, size: int):
+    """Let another process write no file beyond `size` bytes, for a while."""
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_server_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(server, comfy):
+    graph = Graph()
+    base = graph.add("PersonalizeDemoBase")
+    drawn = graph.add("PersonalizeDemoSubject", count=2, resolution=64)
+    wires = {"clip": (base, 1), "vae": (base, 2), "images": (drawn, 0), "captions": (drawn, 1)}
+    data = graph.add("PersonalizeDataset", resolution=64, **wires)
+    inputs = {"model": (base, 0), "data": (data, 0), "steps": 2, "name": "no room"}
+    graph.add("PersonalizeTrainLoRA", **inputs)
+    prompt = fill_defaults(graph, comfy.object_info())
+    root = server.output_dir / "personalized"
+    sentence = r"Train LoRA: could not write or read \w+\.safetensors \(File too large\); make room"
+    with (
+        full_for(server.pid, 300_000),
+        pytest.raises(PromptFailed, match=sentence) as error,
+    ):
+        comfy.run(prompt)
+    assert str(server.base) not in str(error.value)
+    halves = [path for path in root.glob("no room*/*") if path.suffix == ".safetensors"]
+    assert not halves and not list(root.glob("no room*/.*tmp*"))
+    text = comfy.run(prompt).texts(str(len(graph)))[0]
+    assert "2 steps" in text or "step 2" in text
+    whole = [Run(folder) for folder in root.glob("no room*") if Run(folder).checkpoints()]
+    assert [run.load("last").header.step for run in whole] == [2]

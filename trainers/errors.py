@@ -4,7 +4,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-OF_SYSTEM = re.compile(r".*?([^:]+) \(os error \d+\).*", re.DOTALL)  # as safetensors tells it
+OF_SYSTEM = re.compile(r".*?([^:\s][^:]*) \(os error \d+\).*", re.DOTALL)  # as safetensors tells it
 
 
 class InputError(ValueError):
