@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import torch
 from comfy_api.latest import io
@@ -203,7 +204,7 @@ class Request:
 
 def digest(picture: Tensor) -> bytes:
     """Return a hash of a picture's pixels."""
-    return hashlib.sha256(picture.cpu().contiguous().numpy()).digest()
+    return hashlib.sha256(picture.cpu().contiguous().numpy().tobytes()).digest()
 
 
 def check_lengths(texts: Iterable[Tensor]) -> None:
@@ -310,7 +311,11 @@ def origin_of(picture: Tensor, fit: str) -> Origin:
 
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
-    """Return the latents of pixels (N, 3, H, W) in [-1, 1]: (N, C, h, w), fp32 on the CPU."""
+    """Return the latents of pixels (N, 3, H, W) in [-1, 1]: (N, C, h, w), fp32 on the CPU.
+
+    Ends instead when the stop button was pressed.
+    """
+    comfy.model_management.throw_exception_if_processing_interrupted()
     return vae.encode((pixels.movedim(1, -1) + 1) / 2).clone().float().cpu()
 
 
