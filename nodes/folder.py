@@ -128,9 +128,8 @@ def twins(pictures: list[Picture]) -> list[tuple[str, str]]:
     seen: dict[bytes, str] = {}
     found = []
     for picture in pictures:
-        digest = (
-            hashlib.sha256(picture.pixels.numpy()).digest() + str(picture.pixels.shape).encode()
-        )
+        digest = hashlib.sha256(picture.pixels.numpy().tobytes()).digest()
+        digest += str(picture.pixels.shape).encode()
         if digest in seen:
             found.append((seen[digest], picture.name))
         seen.setdefault(digest, picture.name)

@@ -78,9 +78,10 @@ class Evaluation:
         """Read a line of history.jsonl. Raises TypeError for another kind of line."""
         known: dict[str, Any] = {}
         for name, value in ((f.name, line[f.name]) for f in fields(cls) if f.name in line):
-            binned = name.endswith(BINNED) and value is not None
-            known[name] = tuple(value) if binned else value
-            numbers = known[name] if binned else [value]
+            if name.endswith(BINNED) and value is not None:
+                value = tuple(value)
+            numbers = value if isinstance(value, tuple) else [value]
+            known[name] = value
             if not all(map(is_number, (n for n in numbers if n is not None))):
                 raise TypeError(f"{name} is {value!r:.80}")
         evaluation = cls(**known)
