@@ -2,21 +2,23 @@
 
 import comfy.model_management as memory
 import pytest
+import torch
 
 from personalize.nodes import monitor
 from personalize.nodes import train as node
+from personalize.nodes.data import encode_pixels
 from personalize.trainers.monitor import Probe
 from personalize.trainers.run import Run
 from personalize.trainers.state import State
-from tests.sessions import interrupt, monitoring, outcome, session, show
-from tests.test_session_memory import assert_gone, networks  # noqa: F401
+from tests.sessions import Pictures, interrupt, monitoring, outcome, session, show
+from tests.test_session_memory import networks  # noqa: F401
 
 MOST_STEPS = 2  # between the button and the end
 
 
-def at_call(monkeypatch, owner, name: str, number: int, then) -> None:
-    """Call `then` when a function begins for the nth time, and only then."""
-    function, calls = getattr(owner, name), []
+def at_call(monkeypatch, owner, name: str, number: int, then, calls: list | None = None) -> None:
+    """Call `then` when a function begins for the nth time, and only then; note all calls."""
+    function, calls = getattr(owner, name), [] if calls is None else calls
 
     def counted(*args, **kwargs):
         calls.append(1)
@@ -75,6 +77,34 @@ def undisturbed(tmp_path_factory):
         show(patch)
         learned = session(monitor=monitoring(samples=True), ema_decay=0.5).train()
     return outcome(Run(root / "some"), learned)
+
+
+def test_pictures_are_not_encoded_any_more_when_the_button_was_pressed(monkeypatch):
+    encoded = []
+
+    class VAE(Pictures):
+        def encode(self, pixels):
+            encoded.append(len(pixels))
+            if len(encoded) == 2:
+                interrupt()
+            return torch.zeros(len(pixels), 4, 8, 8)
+
+    with pytest.raises(memory.InterruptProcessingException):
+        for _ in range(5):
+            encode_pixels(VAE(), torch.zeros(1, 3, 64, 64))
+    assert len(encoded) == 2 and not memory.processing_interrupted()
+
+
+def test_an_evaluation_is_left_before_its_next_pass(monkeypatch, tmp_path):
+    monkeypatch.setattr(node, "runs_root", lambda: tmp_path)
+    show(monkeypatch)
+    passes = []
+    at_call(monkeypatch, Probe, "ask", 6, interrupt)
+    at_call(monkeypatch, node.Denoiser, "forward", 0, None, passes)
+    at_call(monkeypatch, Probe, "ask", 6, passes.clear)
+    with pytest.raises(memory.InterruptProcessingException):
+        session(monitor=monitoring()).train()
+    assert passes == [] and State.load(tmp_path / "some" / "state.safetensors").done.index == 4
 
 
 @pytest.mark.parametrize("phase", PHASES)
