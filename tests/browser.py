@@ -87,7 +87,7 @@ def launch() -> Iterator[Browser]:
 
 @contextlib.contextmanager
 def open_page(browser: Browser, url: str) -> Iterator[ComfyPage]:
-    """Open ComfyUI's page with nothing remembered, and wait until it is ready."""
+    """Open ComfyUI's page with nothing remembered, and wait until its default graph is there."""
     context = browser.new_context(viewport={"width": 1600, "height": 1000})
     try:
         page = context.new_page()
@@ -97,6 +97,7 @@ def open_page(browser: Browser, url: str) -> Iterator[ComfyPage]:
         page.on("request", lambda request: _note_external(comfy, request.url))
         page.goto(url, wait_until="domcontentloaded")
         comfy.wait(READY, seconds=90)
+        comfy.wait("app.graph._nodes.length > 0")  # its default graph must not come over ours
         yield comfy
     finally:
         context.close()

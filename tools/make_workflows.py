@@ -560,8 +560,10 @@ def make(url: str, screenshots: Path | None) -> None:
             with open_page(browser, url) as page:
                 page.page.set_viewport_size({"width": 2600, "height": 1300})
                 page.load(graph)
+                prompt = page.prompt()
+                assert prompt.keys() <= {str(node["id"]) for node in graph["nodes"]}, name
                 write(OUT / f"{name}.json", graph)
-                write(OUT / "api" / f"{name}.json", page.prompt())
+                write(OUT / "api" / f"{name}.json", prompt)
                 if screenshots:
                     page.page.wait_for_timeout(1500)  # the page fits the graph into view
                     page.screenshot(screenshots / f"{name}.png")
