@@ -491,6 +491,21 @@ def test_the_monitor_samples_sdxl(clip):
     assert samples.shape == (1, 4, 8, 8) and samples.isfinite().all()
 
 
+def test_held_out_pictures_are_told_of_as_the_others_are(clip, vae):
+    """Those that the monitor is given by themselves, in both ways."""
+    picture, text = noise(150, 300, 3).abs().clamp(0, 1), "a photo of sks cat"
+    for how, expected in (
+        ("as sampled", [64, 64, 0, 0, 64, 64]),
+        ("as photographed", [150, 300, 0, 32, 64, 64]),
+    ):
+        data = prepared(clip, vae, picture, size_conditioning=how)
+        monitoring = Monitoring(MonitorSettings(), held_out=(picture,))
+        measured = monitoring.prepare(data, sdxl_for(clip), 0).measured
+        (example,) = measured.held_out
+        assert example.sizes.tolist() == expected
+        assert torch.equal(example.pooled, encode_text(clip, text)[1])
+
+
 # Refused
 
 

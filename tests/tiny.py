@@ -223,6 +223,6 @@ def comfy_output(model, x: Tensor, timesteps: Tensor, context: Tensor, y=None) -
     """
     import comfy.model_management
 
-    comfy.model_management.load_models_gpu([model])
-    with torch.no_grad():
+    with torch.no_grad():  # as in a graph
+        comfy.model_management.load_models_gpu([model])
         return model.model.diffusion_model(x, timesteps, context=context, y=y).clone()
