@@ -24,6 +24,7 @@ from .load import runs_root
 AT_ONCE = 1 << 20  # bytes of history in one answer
 LONGEST = 1000  # bytes of a wish
 SAMPLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.png")
+HUGE = re.compile(rb"[eE]\+?\d{3}|\d{300}")  # may be a number that floats can not hold
 HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 
 routes = web.RouteTableDef()
@@ -145,7 +146,8 @@ def _read_lines(path: Path, start: int) -> tuple[list[dict], int]:
 def _parse(text: bytes) -> Any:
     """Read JSON; NaN and infinities, which pages can not read, and broken text become None."""
     try:
-        return json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+        careful = _finite if HUGE.search(text) else None  # a fifth of the speed
+        return json.loads(text, parse_constant=lambda _: None, parse_float=careful)
     except (ValueError, RecursionError):
         return None
 
