@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from personalize.nodes.folder import Folder
+from tests.awaiting import awaited
 from tests.test_dataset import prepared, refusal, states, vae  # noqa: F401
 from tests.test_writing import told_by_child
 from tests.tiny import make
@@ -49,9 +50,7 @@ def problem(count: int = 1) -> str:
 
 def queued() -> str | bool:
     """Return what ComfyUI is told before it runs anything."""
-    import asyncio
-
-    return asyncio.run(Folder.validate_inputs(NAME))
+    return awaited(Folder.validate_inputs(NAME))
 
 
 def is_colour(picture: torch.Tensor, colour, tolerance: int = 3) -> bool:

@@ -1,6 +1,5 @@
 """The routes that the page reads runs by, and what it may ask of a training."""
 
-import asyncio
 import json
 import urllib.error
 import urllib.request
@@ -14,6 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from headless import ComfyServer
+from tests.awaiting import awaited
 
 LINES = [{"step": 1, "loss": 0.5}, {"evaluation": True, "step": 1, "train": 0.25}]
 
@@ -285,7 +285,7 @@ def wish(control, monkeypatch, tmp_path):
 
     def ask(path: str, body: bytes = b"", **headers: str) -> tuple[int, dict, object]:
         with control.running("a run", "12") as training:
-            return *asyncio.run(post(path, body, headers)), training
+            return *awaited(post(path, body, headers)), training
 
     return ask
 

@@ -1,6 +1,5 @@
 """Names from workflows, files and requests stay inside their folders, and tell nothing of them."""
 
-import asyncio
 import contextlib
 import dataclasses
 import os
@@ -15,6 +14,7 @@ from server import PromptServer
 from headless import Graph, PromptFailed, fill_defaults
 from personalize.trainers.artifact import Header, Personalization
 from personalize.trainers.run import Run
+from tests.awaiting import awaited
 from tests.tiny import noise
 
 HOSTILE = [
@@ -88,7 +88,7 @@ def nodes() -> dict:
     """All nodes of the pack by id."""
     from personalize.nodes.extension import PersonalizeExtension
 
-    found = asyncio.run(PersonalizeExtension().get_node_list())
+    found = awaited(PersonalizeExtension().get_node_list())
     return {node.define_schema().node_id: node for node in found}
 
 
@@ -192,7 +192,7 @@ def test_the_run_that_a_files_header_names_does_not_leave_its_folder(place, valu
 
 def test_names_that_are_fine_are_not_refused(place):
     found = nodes()
-    assert asyncio.run(found["PersonalizeImageFolder"].validate_inputs("a run")) is True
+    assert awaited(found["PersonalizeImageFolder"].validate_inputs("a run")) is True
     for id in ("PersonalizeLoad", "PersonalizeLoadUnconditionalRun", "PersonalizeReport"):
         assert found[id].validate_inputs("a run") is True
     with pytest.raises(ValueError, match="no steps in its history"):
