@@ -9,6 +9,8 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.waiting import PAGE_PATIENCE
+
 NAMES = ["chromium", "chromium-browser", "google-chrome"]
 ARGUMENTS = [
     "--no-sandbox",
@@ -63,7 +65,7 @@ class ComfyPage:
             }))"""
         )
 
-    def wait(self, condition: str, seconds: float = 60) -> None:
+    def wait(self, condition: str, seconds: float = PAGE_PATIENCE) -> None:
         """Wait until a JavaScript expression is true."""
         self.page.wait_for_function(condition, timeout=1000 * seconds)
 
@@ -96,7 +98,7 @@ def open_page(browser: Browser, url: str) -> Iterator[ComfyPage]:
         page.on("pageerror", lambda error: comfy.errors.append(f"page error: {error}"))
         page.on("request", lambda request: _note_external(comfy, request.url))
         page.goto(url, wait_until="domcontentloaded")
-        comfy.wait(READY, seconds=90)
+        comfy.wait(READY)
         comfy.wait("app.graph._nodes.length > 0")  # its default graph must not come over ours
         yield comfy
     finally:

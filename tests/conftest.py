@@ -46,6 +46,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from headless import Comfy, ComfyServer, find_comfyui  # noqa: E402
+from tests.waiting import PATIENCE  # noqa: E402
 
 torch.set_num_threads(1)  # on a busy machine more threads are fifty times slower
 
@@ -85,7 +86,7 @@ def server() -> Iterator[ComfyServer]:
 @pytest.fixture(scope="session")
 def comfy(server: ComfyServer) -> Iterator[Comfy]:
     """A client of the session's server."""
-    with Comfy(server.url, timeout=300) as comfy:
+    with Comfy(server.url, timeout=PATIENCE) as comfy:
         yield comfy
 
 

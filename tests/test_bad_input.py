@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from personalize.nodes.folder import Folder
-from tests.awaiting import awaited
 from tests.test_dataset import prepared, refusal, states, vae  # noqa: F401
 from tests.test_writing import told_by_child
 from tests.tiny import make
+from tests.waiting import awaited
 
 NAME = "some"
 RED, WHITE = (200, 30, 60), (255, 255, 255)

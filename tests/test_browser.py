@@ -9,11 +9,12 @@ import pytest
 
 from headless import Comfy, ComfyServer
 from tests.browser import ComfyPage, open_page
+from tests.waiting import PAGE_PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
 NAMES = [path.stem for path in GRAPHS]
-WAIT = 60_000  # ms: on a busy machine the page is slow
+WAIT = 1000 * PAGE_PATIENCE  # ms
 
 
 @pytest.fixture(scope="module")

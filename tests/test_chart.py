@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw
 from headless import Comfy, ComfyServer, Graph, fill_defaults
 from headless.server import free_port
 from tests.browser import READY, ComfyPage, open_page
+from tests.waiting import PAGE_PATIENCE, PATIENCE
 
 STEPS, EVERY = 400, 20
-WAIT = 60_000  # ms: on a busy machine the page is slow
+WAIT = 1000 * PAGE_PATIENCE  # ms
 HOSTILE = '<img src=x onerror="window.pwned = 1">'
 
 
@@ -549,13 +550,13 @@ def step_of(page: ComfyPage, node: str) -> int:
 
 def wait_for_more(page: ComfyPage, node: str, than: int) -> None:
     progress = f"{ELEMENT.format(node)}.querySelector('.progress').textContent"
-    page.wait(f"parseInt({progress}.replace(',', '')) > {than}", seconds=120)
+    page.wait(f"parseInt({progress}.replace(',', '')) > {than}", seconds=PATIENCE)
 
 
 def reload(page: ComfyPage) -> None:
     """Load the page again, as F5 does."""
     page.page.reload(wait_until="domcontentloaded")
-    page.wait(READY, seconds=90)
+    page.wait(READY)
     page.wait("app.graph._nodes.some(node => node.type === 'PersonalizeTrainLoRA')")
 
 
@@ -643,7 +644,7 @@ def test_a_server_that_ends_in_the_middle_leaves_its_chart_behind(
     how = {"base": tmp_path, "cpu": True, "env": {"OMP_NUM_THREADS": "1"}}
     with (
         ComfyServer(**how) as server,
-        Comfy(server.url, timeout=300) as comfy,
+        Comfy(server.url, timeout=PATIENCE) as comfy,
         open_page(browser, server.url) as page,
     ):
         node = start(page, comfy, watched_training(5000, "cut"))

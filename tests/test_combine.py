@@ -25,6 +25,7 @@ from tests.test_bridge import question
 from tests.test_load import sites_of, weights_when_loaded
 from tests.test_para import naive, rank
 from tests.tiny import comfy_model, comfy_output, geometry, noise, same, snapshot
+from tests.waiting import PATIENCE
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 QUERY, KEY = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_k"  # 32 x 32
@@ -291,7 +292,7 @@ def test_a_prompt_trains_two_subjects_and_a_lora_and_combines_them(server, comfy
     wires = {f"personalized.personalized{i}": (node, 1) for i, node in enumerate(nodes)}
     node = graph.add("PersonalizeCombine", model=(base, 0), how="concat", strength=1.0, **wires)
     stock.sample(graph, base, (node, 0))
-    result = comfy.run(fill_defaults(graph, comfy.object_info()), timeout=300)
+    result = comfy.run(fill_defaults(graph, comfy.object_info()), timeout=PATIENCE)
     (text,) = result.texts(node)
     assert text.startswith("3 personalisations, strength 1:")
     assert "by concat: personalized1, personalized2." in text

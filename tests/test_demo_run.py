@@ -18,6 +18,7 @@ from safetensors import safe_open
 from demo.report import BASE, HELD_OUT, PERSONALIZED, TRAINING, Picture, grid, plot_loss
 from demo.run import PROMPTS, WORKFLOW, adjusted, behind, role_of
 from headless import OverrideError
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -148,7 +149,7 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.server
 def test_the_demo_leaves_pictures_a_curve_a_personalisation_and_a_summary(demo, tmp_path):
     running = demo("--steps", "2", "--output", str(tmp_path))
-    printed, said = running.process.communicate(timeout=900)
+    printed, said = running.process.communicate(timeout=PATIENCE)
     assert running.process.returncode == 0, said
     assert not running.others()
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -177,7 +178,7 @@ def test_ctrl_c_during_the_demo_ends_everything(demo, tmp_path):
         assert progress, "the demo ended before its prompt began"
         assert running.others()
         running.process.send_signal(signal.SIGINT)
-        _, said = running.process.communicate(timeout=60)
+        _, said = running.process.communicate(timeout=PATIENCE)
     finally:
         watchdog.cancel()
     assert running.process.returncode == 130 and "demo: interrupted" in said

@@ -21,6 +21,7 @@ from headless import (
 )
 from headless.__main__ import main
 from headless.client import Watch
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -158,7 +159,7 @@ def test_an_interrupted_prompt_says_so(comfy):
     wait_until_started(comfy, prompt_id)
     comfy.interrupt(prompt_id)
     with pytest.raises(PromptFailed, match="Interrupted") as failure:
-        comfy.wait(prompt_id, timeout=300)
+        comfy.wait(prompt_id, timeout=PATIENCE)
     assert failure.value.interrupted
 
 
@@ -274,7 +275,7 @@ def test_a_server_that_dies_during_a_prompt_is_reported_with_its_log():
     with (
         died,
         ComfyServer(packs=[], cpu=True, env=ONE_THREAD) as server,
-        Comfy(server.url, timeout=300) as comfy,
+        Comfy(server.url, timeout=PATIENCE) as comfy,
     ):
         comfy.run(long_prompt(), lambda _: os.kill(server.pid, signal.SIGKILL))
 

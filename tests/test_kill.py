@@ -21,6 +21,7 @@ from headless import Comfy, ComfyServer, Graph, PromptFailed, fill_defaults
 from personalize.trainers.artifact import Personalization
 from personalize.trainers.run import Run
 from tests.sessions import CLOCK
+from tests.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 STEPS = 24
@@ -48,7 +49,7 @@ def serving(base: Path, *flags: str) -> Iterator[tuple[ComfyServer, Comfy]]:
     """Start a server over a folder that outlives it."""
     with (
         ComfyServer(base, cpu=True, env={"OMP_NUM_THREADS": "1"}, flags=flags) as server,
-        Comfy(server.url, timeout=300) as comfy,
+        Comfy(server.url, timeout=PATIENCE) as comfy,
     ):
         yield server, comfy
 
@@ -200,7 +201,7 @@ def test_a_run_that_goes_on_is_not_taken_by_a_second_server(pair):
     for comfy, prompt in ((two, queued), (one, prompt_id)):
         comfy.interrupt(prompt)
         with pytest.raises(PromptFailed, match=r"(?i)interrupt"):
-            comfy.wait(prompt, timeout=120)
+            comfy.wait(prompt, timeout=PATIENCE)
     for folder in (first, second):
         lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
         steps = [line["step"] for line in lines if "learning_rate" in line]

@@ -8,6 +8,7 @@ import pytest
 from headless import Comfy, ComfyServer, Graph, fill_defaults
 from headless.server import PACK
 from personalize.trainers.methods import METHODS
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.server
 
@@ -17,7 +18,7 @@ def probing():
     packs = [PACK, Path(__file__).parent / "probe"]
     with (
         ComfyServer(packs=packs, cpu=True, env={"OMP_NUM_THREADS": "1"}) as server,
-        Comfy(server.url, timeout=300) as comfy,
+        Comfy(server.url, timeout=PATIENCE) as comfy,
     ):
         yield comfy
 

@@ -4,6 +4,7 @@ import shutil
 
 from headless import Comfy, ComfyServer, Graph, fill_defaults
 from tests.published import ROOT, published_files
+from tests.waiting import PATIENCE
 
 
 def test_the_published_files_alone_are_the_pack(tmp_path, object_info):
@@ -13,7 +14,7 @@ def test_the_published_files_alone_are_the_pack(tmp_path, object_info):
         shutil.copyfile(ROOT / path, pack / path)
     with (
         ComfyServer(packs=[pack], cpu=True, env={"OMP_NUM_THREADS": "1"}) as server,
-        Comfy(server.url, timeout=300) as comfy,
+        Comfy(server.url, timeout=PATIENCE) as comfy,
     ):
         known = comfy.object_info()
         assert all(known[id] == node for id, node in object_info.items())

@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from headless import ComfyServer
-from tests.awaiting import awaited
+from tests.waiting import awaited
 
 LINES = [{"step": 1, "loss": 0.5}, {"evaluation": True, "step": 1, "train": 0.25}]
 

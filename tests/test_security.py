@@ -14,8 +14,8 @@ from server import PromptServer
 from headless import Graph, PromptFailed, fill_defaults
 from personalize.trainers.artifact import Header, Personalization
 from personalize.trainers.run import Run
-from tests.awaiting import awaited
 from tests.tiny import noise
+from tests.waiting import awaited
 
 HOSTILE = [
     *("..", ".", "", " ", "/", "\\", "../..", "../outside", "a run/../../../outside"),

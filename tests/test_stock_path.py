@@ -19,6 +19,7 @@ from headless import Comfy, ComfyServer, Graph, PromptFailed, fill_defaults
 from headless.client import Result
 from tests import stock
 from tests.stock import CHECKPOINT, INPAINTING
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.server
 METHODS = {
@@ -39,7 +40,7 @@ class Bench:
     known: dict
 
     def run(self, graph: Graph) -> Result:
-        return self.comfy.run(fill_defaults(graph, self.known), timeout=300)
+        return self.comfy.run(fill_defaults(graph, self.known), timeout=PATIENCE)
 
     def pictures(self, result: Result, node: str) -> list[np.ndarray]:
         """Return what a node showed, (H, W, 3) uint8 each."""

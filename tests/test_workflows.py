@@ -10,6 +10,7 @@ from headless import Comfy, ComfyServer, apply_overrides
 from headless.client import Result
 from personalize.trainers.methods import METHODS
 from tests import stock
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.server
@@ -19,7 +20,7 @@ def run(comfy: Comfy, name: str, overrides: dict[str, Any]) -> Result:
     """Run a workflow with `{"node title.input": value}` overrides."""
     prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
     listed = [f"{target}={value}" for target, value in overrides.items()]
-    return comfy.run(apply_overrides(prompt, listed, comfy.object_info()), timeout=300)
+    return comfy.run(apply_overrides(prompt, listed, comfy.object_info()), timeout=PATIENCE)
 
 
 def saved(comfy: Comfy, result: Result) -> dict[str, list]:

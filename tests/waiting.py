@@ -1,4 +1,4 @@
-"""Coroutines run from tests, also while Playwright's loop is running in the same thread."""
+"""How long tests wait, and a wait for coroutines that also works beside Playwright's loop."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+PATIENCE = 1200  # seconds, for a prompt that takes seconds: the machine may be busy
+PAGE_PATIENCE = 180  # seconds, for what a page does at once
 
 
 def awaited(coroutine: Coroutine[Any, Any, T]) -> T:
