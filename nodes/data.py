@@ -3,22 +3,27 @@
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
 import torch
+import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..trainers.data import NO_POOLED, Example, Origin, PersonalData
-from ..trainers.errors import InputError
+from ..trainers.data import NO_POOLED, Example, Origin, PersonalData, Wording
+from ..trainers.errors import InputError, brief
 from .wires import CATEGORY, PersonalDataWire, at
 
 MOST_CHUNKS = 60  # of tokens, that text states are repeated to in a batch: 1 to 6 go together
-FITS = ("crop", "pad", "as is")
+FITS = ("crop", "pad", "as is")  # to a square
+BUCKETS = "buckets"
+MOST_RATIO = 2  # of a bucket's sides
+STEP = 64  # pixels that the sides of buckets are multiples of: SD halves latents three times
+PLACE = "{}"  # of the caption in a template
 SIZES = ("as sampled", "as photographed")
 
 
@@ -74,10 +79,12 @@ class Dataset(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "fit",
-                    options=list(FITS),
+                    options=[*FITS, BUCKETS],
                     default="crop",
                     tooltip="crop: scale the shorter side, cut the longer at its centre. pad: "
-                    "scale the longer side, fill with the edge. as is: refuse other sizes.",
+                    "scale the longer side, fill with the edge. as is: refuse other sizes. "
+                    "buckets: keep upright and wide pictures so, up to 2:1, with as many pixels; "
+                    "a batch has pictures of one size.",
                 ),
                 io.Int.Input(
                     "hold_out",
@@ -104,6 +111,43 @@ class Dataset(io.ComfyNode):
                     "this size. as photographed: the photograph's own size and where it was cut, "
                     "so that blur and cut-off heads are not taken for the subject's.",
                 ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="White where the subject is, one per picture in their order, as a "
+                    "batch or a list: from the MaskEditor (Load Image), or from any node that "
+                    "finds things. The loss is measured there only.",
+                ),
+                io.Float.Input(
+                    "unmasked_weight",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    round=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What a place outside the mask counts in the loss, next to 1 inside. "
+                    "0: anything may appear there; 0.1 keeps it about as it is.",
+                ),
+                io.Boolean.Input(
+                    "flip",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Show every training picture mirrored half of the times. Not for a "
+                    "subject with a left and a right (writing, a parting, a scar), nor with "
+                    "captions that say left or right.",
+                ),
+                io.String.Input(
+                    "caption_templates",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Optional: one a line, with {} where the caption goes, such as 'a "
+                    "drawing of {}'. One is drawn each time a picture is shown. Empty: the caption "
+                    "as it is.",
+                ),
             ],
             outputs=[
                 PersonalDataWire.Output(
@@ -115,13 +159,14 @@ class Dataset(io.ComfyNode):
     @classmethod
     @torch.inference_mode(False)
     @torch.no_grad()
-    def execute(cls, images, clip, vae, prior_images=None, **widgets) -> io.NodeOutput:
+    def execute(cls, images, clip, vae, prior_images=None, masks=None, **widgets) -> io.NodeOutput:
         with at(cls):
             request = Request(**widgets)
             pictures = unpack("images", images)
             prior = unpack("prior_images", prior_images) if prior_images else []
             request.check(pictures, prior)
-            return io.NodeOutput(prepare(request, pictures, prior, clip[0], vae[0]))
+            weights = request.weights_for(pictures, masks or [])
+            return io.NodeOutput(prepare(request, pictures, prior, clip[0], vae[0], weights))
 
 
 @dataclass(frozen=True)
@@ -135,6 +180,9 @@ class Request:
     fit: list[str]
     hold_out: list[int]
     size_conditioning: list[str] = field(default_factory=lambda: [SIZES[0]])
+    unmasked_weight: list[float] = field(default_factory=lambda: [0.0])
+    flip: list[bool] = field(default_factory=lambda: [False])
+    caption_templates: list[str] = field(default_factory=lambda: [""])
 
     def check(self, pictures: list[Tensor], prior: list[Tensor]) -> None:
         """Raise InputError for what does not go together."""
@@ -157,6 +205,15 @@ class Request:
         if self.fit[0] == "as is":
             self._check_sizes("images", pictures)
             self._check_sizes("prior_images", prior)
+        self.captions_for(len(pictures))
+        self.templates()
+
+    def size_for(self, picture: Tensor) -> tuple[int, int]:
+        """Return the height and width that a picture (H, W, 3) is brought to."""
+        side = self.resolution[0]
+        if self.fit[0] != BUCKETS:
+            return side, side
+        return bucket_of(picture.shape[0], picture.shape[1], side)
 
     def _check_held_out(self, pictures: list[Tensor]) -> None:
         """Refuse to measure on a picture that is trained on."""
@@ -201,20 +258,67 @@ class Request:
             )
         return captions
 
+    def templates(self) -> list[str]:
+        """Return the lines of the templates. Raises InputError naming all that are not."""
+        lines = [line.strip() for text in self.caption_templates for line in text.splitlines()]
+        lines = [line for line in lines if line]
+        wrong = [f"'{brief(line, 60)}'" for line in lines if line.count(PLACE) != 1]
+        if wrong:
+            raise InputError(
+                "caption_templates",
+                f"has {', '.join(wrong)}; write {PLACE} once in every line, where the caption of "
+                "the picture goes.",
+            )
+        return lines
+
+    def wordings_of(self, caption: str) -> list[str]:
+        """Return what a picture is trained with instead of its caption."""
+        return [template.replace(PLACE, caption) for template in self.templates()]
+
+    def weights_for(self, pictures: list[Tensor], batches: list[Tensor]) -> list[Tensor | None]:
+        """Return what every place of each picture, brought to its size, counts: (H, W) or None.
+
+        batches: of masks. Raises InputError naming all that can not be used.
+        """
+        masks = [mask for batch in batches for mask in batch.reshape(-1, *batch.shape[-2:])]
+        if not batches:
+            return [None] * len(pictures)
+        if len(masks) != len(pictures):
+            raise InputError(
+                "masks",
+                f"has {len(masks)} masks for {len(pictures)} images; give one per image, in their "
+                "order (white all over for a picture that counts as a whole), or none.",
+            )
+        pairs = list(zip(masks, pictures, strict=True))
+        fitted_masks = [
+            fitted_mask(mask, picture, self.size_for(picture), self.fit[0])
+            for mask, picture in pairs
+        ]
+        outside = self.unmasked_weight[0]
+        weights = [mask + (1 - mask) * outside for mask in fitted_masks]
+        problems = [f"mask {n} {p}" for n, w in enumerate(weights, 1) if (p := _mask_problem(w))]
+        if problems:
+            raise InputError(
+                "masks",
+                f"can not be used: {'; '.join(problems)}. White is where to learn: paint there, or "
+                "set 'unmasked_weight' above 0.",
+            )
+        return list(weights)
+
 
 def digest(picture: Tensor) -> bytes:
     """Return a hash of a picture's pixels."""
     return hashlib.sha256(picture.cpu().contiguous().numpy().tobytes()).digest()
 
 
-def check_lengths(texts: Iterable[Tensor]) -> None:
+def check_lengths(texts: Iterable[Tensor], input_name: str = "captions") -> None:
     """Raise InputError for text states, (L, D) each, that one batch could not hold."""
     lengths = sorted({len(context) for context in texts})
     chunk = math.gcd(*lengths)
     if math.lcm(*lengths) > MOST_CHUNKS * chunk:
         *some, last = [str(length // chunk) for length in lengths]
         raise InputError(
-            "captions",
+            input_name,
             f"are of {', '.join(some)} and {last} times {chunk} tokens, which together no batch "
             f"can hold; make the long ones shorter: below {chunk} tokens, about 50 words, is best.",
         )
@@ -244,6 +348,14 @@ def _problem(picture: Tensor) -> str | None:
     return None
 
 
+def _mask_problem(weights: Tensor) -> str | None:
+    if not weights.isfinite().all():
+        return "has places that are NaN or infinite"
+    if not weights.any():
+        return "is black wherever its picture is shown"
+    return None
+
+
 def opaque(picture: Tensor) -> Tensor:
     """Return a picture (H, W, 3) in [0, 1], a copy; transparency is laid on white."""
     colour, alpha = picture[..., :3].float(), picture[..., 3:].float()
@@ -253,32 +365,60 @@ def opaque(picture: Tensor) -> Tensor:
 
 
 def prepare(
-    request: Request, pictures: list[Tensor], prior: list[Tensor], clip: Any, vae: Any
+    request: Request,
+    pictures: list[Tensor],
+    prior: list[Tensor],
+    clip: Any,
+    vae: Any,
+    weights: list[Tensor | None] | None = None,
 ) -> PersonalData:
-    """Encode everything once; the progress bar counts pictures."""
-    side, fit = request.resolution[0], request.fit[0]
-    as_sampled = request.size_conditioning[0] == SIZES[0]
-    captions = request.captions_for(len(pictures))
-    progress = comfy.utils.ProgressBar(len(pictures) + len(prior))
-    texts = {text: encode_text(clip, text) for text in {*captions, request.class_prompt[0], ""}}
-    check_lengths(states for states, _ in texts.values())
+    """Encode everything once; the progress bar counts pictures.
 
-    def example(picture: Tensor, caption: str) -> Example:
-        pixels = fitted(opaque(picture), side, fit)
-        channels_first = pixels.movedim(-1, 0) * 2 - 1
-        latent = encode_pixels(vae, channels_first[None])[0]
+    weights: what the places of each picture count, from `Request.weights_for`.
+    """
+    captions, class_prompt = request.captions_for(len(pictures)), request.class_prompt[0]
+    kept = len(pictures) - request.hold_out[0]
+    sizes = [request.size_for(picture) for picture in pictures]
+    prior_sizes = list(dict.fromkeys(sizes[:kept]))  # a batch has pictures of one size
+    encoded = len(pictures) + request.flip[0] * kept + len(prior) * len(prior_sizes)
+    progress = comfy.utils.ProgressBar(encoded)
+    wordings = {text for caption in captions[:kept] for text in request.wordings_of(caption)}
+    texts = {
+        text: Wording(text, *encode_text(clip, text))
+        for text in {*captions, *wordings, class_prompt, ""}
+    }
+    check_lengths(wording.context for wording in texts.values())
+
+    def example(
+        picture: Tensor, size: tuple[int, int], caption: str, weights: Tensor | None = None
+    ) -> Example:
+        pixels = fitted_to(opaque(picture), size, request.fit[0]).movedim(-1, 0) * 2 - 1
+        latent = encode_pixels(vae, pixels[None])[0]
         progress.update(1)
-        origin = None if as_sampled else origin_of(picture, fit)
-        return Example(channels_first, latent, caption, *texts[caption], origin)
+        as_sampled = request.size_conditioning[0] == SIZES[0]
+        origin = None if as_sampled else origin_of(picture, size, request.fit[0])
+        mask = None if weights is None else at_latent_places(weights, latent)
+        return Example(pixels, latent, **vars(texts[caption]), origin=origin, mask=mask)
 
-    examples = [example(p, c) for p, c in zip(pictures, captions, strict=True)]
-    kept = len(examples) - request.hold_out[0]
+    def trained(one: Example) -> Example:
+        """Add what is chosen each time that the picture is shown."""
+        one = replace(one, wordings=tuple(texts[t] for t in request.wordings_of(one.caption)))
+        if not request.flip[0]:
+            return one
+        pixels = one.pixels.flip(-1)
+        latent = encode_pixels(vae, pixels[None])[0]
+        progress.update(1)
+        mask = one.mask.flip(-1) if one.mask is not None else None
+        return replace(one, mirrored=replace(one, pixels=pixels, latent=latent, mask=mask))
+
+    each = zip(pictures, sizes, captions, weights or [None] * len(pictures), strict=True)
+    examples = [example(*of_picture) for of_picture in each]
     return PersonalData(
-        training=tuple(examples[:kept]),
+        training=tuple(map(trained, examples[:kept])),
         held_out=tuple(examples[kept:]),
-        prior=tuple(example(p, request.class_prompt[0]) for p in prior),
-        empty_context=texts[""][0],
-        empty_pooled=texts[""][1],
+        prior=tuple(example(p, size, class_prompt) for size in prior_sizes for p in prior),
+        empty_context=texts[""].context,
+        empty_pooled=texts[""].pooled,
         instance_prompt=request.instance_prompt[0],
         class_prompt=request.class_prompt[0],
         encode=partial(encode_pixels, vae),
@@ -287,26 +427,74 @@ def prepare(
 
 def fitted(picture: Tensor, side: int, fit: str) -> Tensor:
     """Bring a picture (H, W, 3) to (side, side, 3)."""
+    return fitted_to(picture, (side, side), fit)
+
+
+def fitted_to(picture: Tensor, size: tuple[int, int], fit: str) -> Tensor:
+    """Bring a picture (H, W, 3) to a size, height first; "pad" only to squares."""
     height, width = picture.shape[:2]
-    if (height, width) == (side, side):
+    if (height, width) == size:
         return picture
     channels_first = picture.movedim(-1, 0)[None]
     if fit == "pad":
-        longest = max(height, width)
-        top, left = (longest - height) // 2, (longest - width) // 2
-        margins = (left, longest - width - left, top, longest - height - top)
-        channels_first = torch.nn.functional.pad(channels_first, margins, mode="replicate")
-    scaled = comfy.utils.common_upscale(channels_first, side, side, "lanczos", "center")
+        channels_first = F.pad(channels_first, margins(height, width), mode="replicate")
+    scaled = comfy.utils.common_upscale(channels_first, size[1], size[0], "lanczos", "center")
     return scaled[0].movedim(0, -1).clamp(0, 1)
 
 
-def origin_of(picture: Tensor, fit: str) -> Origin:
-    """Tell where in a picture (H, W, 3) `fitted` cuts; padding cuts nothing."""
-    size = height, width = picture.shape[0], picture.shape[1]
+def fitted_mask(mask: Tensor, picture: Tensor, size: tuple[int, int], fit: str) -> Tensor:
+    """Bring the mask (h, w) of a picture (H, W, 3) to a size, as the picture; fillings are black.
+
+    It may have another size than the picture, and is a whole picture's all the same.
+    """
+    whole = mask.float().clamp(0, 1)[None, None]
+    height, width = picture.shape[:2]
+    if whole.shape[2:] != (height, width):
+        whole = F.interpolate(whole, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
     if fit == "pad":
-        return Origin(size, (0.0, 0.0))
-    square = min(size)
-    return Origin(size, ((height - square) / 2 / square, (width - square) / 2 / square))
+        whole = F.pad(whole, margins(height, width))
+    return comfy.utils.common_upscale(whole, size[1], size[0], "area", "center")[0, 0]
+
+
+def margins(height: int, width: int) -> tuple[int, int, int, int]:
+    """Return what makes a square of a picture: left, right, top, bottom."""
+    longest = max(height, width)
+    top, left = (longest - height) // 2, (longest - width) // 2
+    return left, longest - width - left, top, longest - height - top
+
+
+def at_latent_places(weights: Tensor, latent: Tensor) -> Tensor:
+    """Average what the pixels (H, W) count over the places of a latent (C, h, w): (h, w)."""
+    return F.interpolate(weights[None, None], latent.shape[1:], mode="area")[0, 0]
+
+
+def buckets(side: int) -> list[tuple[int, int]]:
+    """Return the sizes (height, width) of about side^2 pixels, up to 2:1, the square first.
+
+    Sides are multiples of 64 pixels; of less for small pictures, which would have no choice.
+    """
+    step = min(STEP, 1 << (side // 4).bit_length() - 1)
+    square = max(step, side // step * step)
+    found = [(square, square)]
+    for longer in range(square + step, MOST_RATIO * side, step):
+        shorter = round(side * side / longer / step) * step
+        if longer <= MOST_RATIO * shorter:
+            found += [(shorter, longer), (longer, shorter)]
+    return found
+
+
+def bucket_of(height: int, width: int, side: int) -> tuple[int, int]:
+    """Return the bucket whose shape is nearest to that of a picture."""
+    return min(buckets(side), key=lambda size: abs(math.log(size[0] * width / (size[1] * height))))
+
+
+def origin_of(picture: Tensor, size: tuple[int, int], fit: str) -> Origin:
+    """Tell where in a picture (H, W, 3) `fitted_to` cuts for a size; padding cuts nothing."""
+    whole = height, width = picture.shape[0], picture.shape[1]
+    if fit == "pad":
+        return Origin(whole, (0.0, 0.0))
+    cut = min(height, width * size[0] / size[1]), min(width, height * size[1] / size[0])
+    return Origin(whole, ((height - cut[0]) / 2 / cut[0], (width - cut[1]) / 2 / cut[1]))
 
 
 @torch.no_grad()

@@ -180,7 +180,7 @@ class Evaluator:
         """Sample every prompt, save the pictures, and compare them."""
         if model is None or not self.monitoring.shown:
             return NO_SAMPLES
-        groups = self.monitoring.samples(model, self.data.training[0].latent.shape)
+        groups = self.monitoring.samples(model, self.data.usual_shape)
         folder = self.run.folder / "samples"
         folder.mkdir(exist_ok=True)
         names = []
@@ -190,7 +190,7 @@ class Evaluator:
             image.save(self.run.folder / names[-1])
             self.newest = image if number == 0 else self.newest
         channels_first = [group.movedim(-1, 1) for group in groups]
-        pictures = torch.stack([example.pixels for example in self.data.training])
+        pictures = [view.pixels for example in self.data.training for view in example.views]
         return {
             "samples": names,
             "nearest": nearest(torch.cat(channels_first), pictures),

@@ -8,6 +8,7 @@ from .data import Dataset
 from .demo import DemoBase, DemoSubject
 from .export import ExportLoRA
 from .folder import Folder
+from .join import JoinSubjects
 from .load import Apply, Load
 from .monitor import Monitor
 from .report import Report
@@ -25,4 +26,4 @@ class PersonalizeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         training = [train_node(method) for method in METHODS.values()]
         using = [Report, Apply, Load, Combine, ExportLoRA, *UNCONDITIONAL]
-        return [Folder, Dataset, Monitor, *training, *using, DemoBase, DemoSubject]
+        return [Folder, Dataset, JoinSubjects, Monitor, *training, *using, DemoBase, DemoSubject]

@@ -1,7 +1,8 @@
 """Personalize Monitor: what a training node measures, shows, keeps and decides while it trains."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from ..trainers.errors import InputError
 from ..trainers.method import generator
 from ..trainers.settings import knob
 from ..trainers.verdict import Rules
-from .data import encode_text, fitted, opaque, origin_of, unpack
+from .data import encode_text, fitted_to, opaque, origin_of, unpack
 from .widgets import widget
 from .wires import CATEGORY, MonitorWire, at
 
@@ -41,8 +42,9 @@ class MonitorSettings(Rules):
     restore_best: bool = knob(True, "The training node hands on the best checkpoint, not the last.")
     leave_one_out: bool = knob(
         False,
-        "When nothing is held out: keep one picture, chosen by the trainer's seed, out of training "
-        "to measure on. The model never sees it: of four pictures that is a quarter.",
+        "When nothing is held out: keep one picture of each subject, chosen by the trainer's seed, "
+        "out of training to measure on. The model never sees it: of four pictures that is a "
+        "quarter.",
     )
     keep: int = knob(
         1,
@@ -236,14 +238,15 @@ class Monitoring:
         return Material(data, replace(data, prior=prior or data.prior))
 
     def _held_out(self, data: PersonalData) -> tuple[Example, ...]:
-        """Encode the connected pictures as the dataset's own are."""
-        side = data.training[0].pixels.shape[-1]
+        """Encode the connected pictures as the dataset's own are, each in the size of those."""
+        sizes = {(e.pixels.shape[1], e.pixels.shape[2]) for e in data.training}
         as_photographed = data.training[0].origin is not None
 
         def example(picture: Tensor) -> Example:
-            pixels = fitted(picture, side, "crop").movedim(-1, 0) * 2 - 1
+            size = nearest_shape(picture.shape[0] / picture.shape[1], sizes)
+            pixels = fitted_to(picture, size, "crop").movedim(-1, 0) * 2 - 1
             latent = data.encode(pixels[None])[0]
-            origin = origin_of(picture, "crop") if as_photographed else None
+            origin = origin_of(picture, size, "crop") if as_photographed else None
             return Example(pixels, latent, data.instance_prompt, *self._text(data), origin)
 
         return tuple(example(picture) for picture in self.held_out)
@@ -262,7 +265,7 @@ class Monitoring:
 
     def _drawn_prior(self, data: PersonalData, base: ModelPatcher) -> tuple[Example, ...]:
         """Let the base draw what it must not forget, latents as the VAE would give them."""
-        shape, drawn = data.training[0].latent.shape, []
+        shape, drawn = data.usual_shape, []
         for index, prompt in enumerate(self.prior):
             count = PRIOR_PICTURES // len(self.prior) + (index < PRIOR_PICTURES % len(self.prior))
             latents = self.sample(base, prompt, shape, max(1, count))
@@ -320,16 +323,28 @@ class Material(NamedTuple):
     measured: PersonalData  # with prior pictures that are only looked at
 
 
+def nearest_shape(ratio: float, sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return the size (height, width) whose ratio of height to width is nearest to one."""
+    return min(sorted(sizes), key=lambda size: abs(math.log(size[0] / size[1] / ratio)))
+
+
 def leave_one_out(data: PersonalData, seed: int) -> PersonalData:
-    """Move one picture from those trained on to those held out, chosen by the run's seed."""
-    count = len(data.training)
-    if count < 2:
-        raise InputError(
-            "leave_one_out", "is on, but there is only one picture; give more, or switch it off."
-        )
-    left = int(torch.randint(count, (), generator=generator(seed, 3, -1)))
-    kept = tuple(example for i, example in enumerate(data.training) if i != left)
-    return replace(data, training=kept, held_out=(data.training[left],))
+    """Move one picture from those trained on to those held out, chosen by the run's seed.
+
+    Of several subjects, one picture of each.
+    """
+    rng, left = generator(seed, 3, -1), []
+    for subject in sorted({example.subject for example in data.training}):
+        own = [i for i, example in enumerate(data.training) if example.subject == subject]
+        if len(own) < 2:
+            whose = f" of '{data.subjects[subject]}'" if data.subjects else ""
+            raise InputError(
+                "leave_one_out",
+                f"is on, but there is only one picture{whose}; give more, or switch it off.",
+            )
+        left.append(own[int(torch.randint(len(own), (), generator=rng))])
+    kept = tuple(example for i, example in enumerate(data.training) if i not in left)
+    return replace(data, training=kept, held_out=tuple(data.training[i] for i in left))
 
 
 @contextmanager

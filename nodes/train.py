@@ -275,11 +275,12 @@ class Session:
     def _inputs(self) -> dict[str, Any]:
         """Return all that a run depends on, for run.json."""
         monitor = described_monitor(self.monitoring) if self.monitoring is not None else None
-        return asdict(self._header) | {"monitor": monitor, "encoded": sketch(self.data)}
+        more = {"encoded": sketch(self.data), "dataset": self.data.traits()}
+        return asdict(self._header) | {"monitor": monitor} | more
 
     def _create(self, inputs: dict[str, Any]) -> Run:
         """Make the run's folder."""
-        more = {name: inputs[name] for name in ("monitor", "encoded")}
+        more = {name: inputs[name] for name in ("monitor", "encoded", "dataset")}
         return Run.create(runs_root(), self.name, self._header, **more)
 
     def _story(self, found: Found, run: Run) -> str:
@@ -432,22 +433,21 @@ def in_network_scale(data: PersonalData, model: ModelPatcher, denoiser: Denoiser
             f"{sample.latent.shape[0]} latent channels, but this base expects {width} and 4; give "
             "Personal Dataset the CLIP and VAE of the same checkpoint.",
         )
-    sides, multiple = sample.latent.shape[1:], denoiser.size_multiple
-    if any(side % multiple for side in sides):
+    multiple = denoiser.size_multiple
+    shapes = {e.latent.shape for e in (*data.training, *data.held_out, *data.prior)}
+    odd = sorted(f"{w}x{h}" for _, h, w in shapes if h % multiple or w % multiple)
+    if odd:
         raise InputError(
             "data",
-            f"has latents of {sides[1]}x{sides[0]}, but this base halves them to a {multiple}th: "
+            f"has latents of {', '.join(odd)}, but this base halves them to a {multiple}th: "
             f"set Personal Dataset's 'resolution' to a multiple of {8 * multiple}.",
         )
 
-    def scaled(examples: tuple[Example, ...]) -> tuple[Example, ...]:
-        return tuple(replace(e, latent=model.model.process_latent_in(e.latent)) for e in examples)
+    def scaled(example: Example) -> Example:
+        return replace(example, latent=model.model.process_latent_in(example.latent))
 
     return replace(
-        data,
-        training=scaled(data.training),
-        held_out=scaled(data.held_out),
-        prior=scaled(data.prior),
+        data.changed(scaled),
         encode=lambda pixels: model.model.process_latent_in(data.encode(pixels)),
     )
 

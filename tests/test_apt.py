@@ -360,11 +360,9 @@ def test_an_augmented_latent_is_the_encoded_view_of_its_own_picture():
     plain = make(LoRA, batch_size=3).draw(data, tiny_denoiser(), Draws(0, 5, 0, 1))
     batch = method.draw(data, tiny_denoiser(), Draws(0, 5, 0, 1))
     for i in range(3):
-        picture = next(
-            j for j, e in enumerate(data.training) if torch.equal(e.latent, plain.latents[i])
-        )
+        picture = next(e for e in data.training if torch.equal(e.latent, plain.latents[i]))
         view = method.views.encoded(data, picture, number=5 * 3 + i)
-        assert torch.equal(batch.latents[i], view)
+        assert torch.equal(batch.latents[i], view.latent)
     assert len({latent.numpy().tobytes() for latent in batch.latents}) == 3
 
 
@@ -436,7 +434,7 @@ def test_zooms_and_turns_are_uniform_in_their_ranges(monkeypatch):
     monkeypatch.setattr("personalize.trainers.methods.apt.zoomed_out", watched)
     method, data = apt(), tiny_data(1)
     for number in range(2000):
-        method.views.encoded(data, 0, number)
+        method.views.encoded(data, data.training[0], number)
     zooms, turns = torch.tensor(drawn).T
     assert 1 <= zooms.min() < 1.02 and 2.98 < zooms.max() <= 3
     assert -15 <= turns.min() < -14.8 and 14.8 < turns.max() <= 15

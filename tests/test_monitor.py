@@ -150,7 +150,7 @@ def test_the_loss_of_every_bin_is_its_naive_reference(rounds):
 def test_all_pictures_are_asked_about_equally_and_take_turns_in_every_bin(count):
     data = tiny_data(count=count)
     rounds = count
-    batch = Probe.of(data.training, 1000, rounds).batch
+    batch = Probe.of(data.training, 1000, rounds).batches[0]
     which = [
         next(i for i, e in enumerate(data.training) if torch.equal(e.latent, latent))
         for latent in batch.latents

@@ -14,15 +14,26 @@ SIDE = 32
 
 
 def thumbnails(pictures: Tensor) -> Tensor:
-    """Return pictures (N, 3, H, W) as (N, 3 * 32 * 32), mean 0 in every channel, norm 1."""
+    """Return pictures (N, 3, H, W) as (N, 3 * 32 * 32), mean 0 in every channel, norm 1.
+
+    Of those that are not square, the square at the centre.
+    """
+    height, width = pictures.shape[2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    pictures = pictures[..., top : top + side, left : left + side]
     small = F.interpolate(pictures.float(), (SIDE, SIDE), mode="bilinear", antialias=True)
     centred = small - small.mean((2, 3), keepdim=True)
     return F.normalize(centred.flatten(1), dim=1)
 
 
-def nearest(samples: Tensor, pictures: Tensor) -> float:
-    """Return the mean over samples of the correlation with the picture most like it: up to 1."""
-    return float((thumbnails(samples) @ thumbnails(pictures).mT).amax(1).mean())
+def nearest(samples: Tensor, pictures: Sequence[Tensor] | Tensor) -> float:
+    """Return the mean over samples of the correlation with the picture most like it: up to 1.
+
+    samples: (N, 3, H, W); pictures: (3, H, W) each, of any sizes.
+    """
+    known = torch.cat([thumbnails(picture[None]) for picture in pictures])
+    return float((thumbnails(samples) @ known.mT).amax(1).mean())
 
 
 def diversity(groups: Sequence[Tensor]) -> float | None:

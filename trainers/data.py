@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,15 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Wording:
+    """A caption, as it is and as the text encoder gives it."""
+
+    caption: str
+    context: Tensor  # (L, D) text states
+    pooled: Tensor = NO_POOLED  # (P,)
+
+
+@dataclass(frozen=True)
 class Example:
     """One picture, ready to be drawn."""
 
@@ -31,6 +41,10 @@ class Example:
     context: Tensor  # (L, D) text states
     pooled: Tensor = NO_POOLED  # (P,) the whole text as one vector; SDXL is told it as well
     origin: Origin | None = None  # None: SDXL is told what a sampler tells it of such a picture
+    mask: Tensor | None = None  # (h, w) in [0, 1]: what each place counts; None: all alike
+    mirrored: "Example | None" = None  # the same picture, for half of the times that it is shown
+    wordings: tuple[Wording, ...] = ()  # to train with, one at a time; none: the caption
+    subject: int = 0  # which of several; of a prior picture: whose class it shows
 
     @property
     def sizes(self) -> Tensor:
@@ -45,6 +59,20 @@ class Example:
         cut = [round(share * side) for share, side in zip(self.origin.corner, own, strict=True)]
         return torch.tensor([*self.origin.size, *cut, *own], dtype=torch.float32)
 
+    @property
+    def views(self) -> tuple["Example", ...]:
+        """The picture, and the mirrored one if there is one."""
+        return (self,) if self.mirrored is None else (self, self.mirrored)
+
+    def said(self, wording: Wording) -> "Example":
+        """Return the same picture with other words."""
+        return replace(self, **vars(wording))
+
+    def changed(self, change: "Callable[[Example], Example]") -> "Example":
+        """Change the picture, and the mirrored one alike."""
+        mirrored = change(self.mirrored) if self.mirrored is not None else None
+        return replace(change(self), mirrored=mirrored)
+
 
 @dataclass(frozen=True)
 class PersonalData:
@@ -52,7 +80,9 @@ class PersonalData:
 
     `empty_context` (L, D) and `empty_pooled` (P,) are the text of the empty caption. `encode` is
     the VAE, for what is drawn while training (augmented, or of another size): pixels (N, 3, H, W)
-    in [-1, 1] to latents (N, C, h, w) on the CPU, in the scale of the examples' own.
+    in [-1, 1] to latents (N, C, h, w) on the CPU, in the scale of the examples' own. `subjects`
+    are the instance prompts of several subjects; that of one need not be told. They may
+    `take_turns`: then a batch shows one of them, and each has as many batches as the others.
     """
 
     training: tuple[Example, ...]
@@ -63,10 +93,45 @@ class PersonalData:
     class_prompt: str
     encode: Callable[[Tensor], Tensor]
     empty_pooled: Tensor = NO_POOLED
+    subjects: tuple[str, ...] = ()
+    take_turns: bool = False
 
     def unsaid(self, example: Example) -> Example:
         """Return an example with the empty caption."""
-        return replace(example, caption="", context=self.empty_context, pooled=self.empty_pooled)
+        return example.said(Wording("", self.empty_context, self.empty_pooled))
+
+    def changed(self, change: Callable[[Example], Example]) -> "PersonalData":
+        """Change all pictures."""
+
+        def each(examples: tuple[Example, ...]) -> tuple[Example, ...]:
+            return tuple(example.changed(change) for example in examples)
+
+        groups = self.training, self.held_out, self.prior
+        training, held_out, prior = map(each, groups)
+        return replace(self, training=training, held_out=held_out, prior=prior)
+
+    def drawn(self) -> Iterator[Example]:
+        """Yield all that training can show, mirrored pictures after their own."""
+        for example in (*self.training, *self.prior):
+            yield from example.views
+
+    @property
+    def usual_shape(self) -> tuple[int, ...]:
+        """The shape (C, h, w) that most training pictures' latents have; the first of several."""
+        shapes = Counter(tuple(example.latent.shape) for example in self.training)
+        return shapes.most_common(1)[0][0]
+
+    def traits(self) -> dict[str, Any]:
+        """Say what the training pictures are like, in JSON, besides what they show."""
+        sizes = {f"{e.pixels.shape[-1]}x{e.pixels.shape[-2]}" for e in self.training}
+        return {
+            "sizes": sorted(sizes),
+            "masks": sum(example.mask is not None for example in self.training),
+            "mirrored pictures": sum(example.mirrored is not None for example in self.training),
+            "wordings": sum(len(example.wordings) for example in self.training),
+            "subjects": list(self.subjects),
+            "turns": self.take_turns,
+        }
 
     def fingerprint(self) -> str:
         """Return a hash of all pictures and captions, 16 hex digits."""
@@ -77,7 +142,18 @@ class PersonalData:
                 digest.update(example.pixels.contiguous().numpy().tobytes())
                 digest.update(example.caption.encode())
                 digest.update(str(example.origin or "").encode())
+                digest.update(particulars(example))
+        if self.subjects:
+            digest.update(repr((self.subjects, self.take_turns)).encode())
         return digest.hexdigest()[:16]
+
+
+def particulars(example: Example) -> bytes:
+    """Return what tells an example from a plain one, for a hash; nothing of a plain one."""
+    told = b"" if example.mask is None else b"|mask" + example.mask.contiguous().numpy().tobytes()
+    told += b"|mirrored" if example.mirrored is not None else b""
+    told += b"".join(b"|word" + wording.caption.encode() for wording in example.wordings)
+    return told + (f"|subject{example.subject}".encode() if example.subject else b"")
 
 
 @dataclass(frozen=True)
@@ -93,6 +169,7 @@ class Batch:
     weight: Tensor  # (B,) share of each example in the loss
     of_subject: Tensor  # (B,) bool: not a prior picture
     seed: int  # of what else is random while this batch is looked at, such as weights
+    masks: Tensor | None  # (B, h, w) what each place counts, 1 on average; None: all alike
 
     @property
     def conditions(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,6 +191,22 @@ def conditions(examples: Sequence[Example]) -> dict[str, Tensor]:
         "pooled": torch.stack([example.pooled for example in examples]),
         "sizes": torch.stack([example.sizes for example in examples]),
     }
+
+
+def stack_masks(examples: Sequence[Example]) -> Tensor | None:
+    """Return what each place counts in the loss, (B, h, w); None where no example has a mask."""
+    if all(example.mask is None for example in examples):
+        return None
+    whole = torch.ones(examples[0].latent.shape[1:])
+    return torch.stack([whole if e.mask is None else evened(e.mask) for e in examples])
+
+
+def evened(mask: Tensor) -> Tensor:
+    """Scale a mask (h, w) to a mean of 1, so that a small one does not slow learning down.
+
+    One that is black all over stays so.
+    """
+    return mask / mask.mean().clamp(min=torch.finfo(mask.dtype).tiny)
 
 
 def stack_contexts(contexts: list[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Batch, Example, PersonalData, conditions
+from .data import Batch, Example, PersonalData, conditions, stack_masks
 from .denoiser import Denoiser
 from .edits import Edit
 from .settings import Settings as CommonSettings
@@ -43,9 +43,19 @@ class Method:
 
     def draw(self, data: PersonalData, denoiser: Denoiser, draws: "Draws") -> Batch:
         """What is shown: the next examples, noise and timesteps, uniform over [0, T)."""
+        shown, prior = draws.shown(data, self.settings.batch_size)
+        return self.batch_of(data, shown, prior, denoiser, draws)
+
+    def batch_of(
+        self,
+        data: PersonalData,
+        shown: list[Example],
+        prior: list[Example],
+        denoiser: Denoiser,
+        draws: "Draws",
+    ) -> Batch:
+        """Make a batch of training pictures and, after them, of pictures of their class."""
         s = self.settings
-        shown = draws.examples(data.training, s.batch_size)
-        prior = draws.examples(data.prior, s.batch_size) if data.prior else []
         weights = [1.0] * len(shown) + [s.prior_weight] * len(prior)
         weight = torch.tensor(weights) / len(shown)
         of_subject = torch.arange(len(weights)) < len(shown)
@@ -114,14 +124,85 @@ class Draws:
         self.index = step * parts + part  # of this batch in the run
         self.generator = generator(seed, 1, self.index)
 
-    def examples(self, pool: Sequence[Example], count: int) -> list[Example]:
-        """Take the next `count` of a pool that is reshuffled each time it has been gone through."""
-        first = self.index * count
+    def shown(self, data: PersonalData, count: int) -> tuple[list[Example], list[Example]]:
+        """Return the next training pictures, of one size, and as many of their class, if any.
+
+        count: of training pictures, or fewer where there are no more of that size.
+        """
+        pool, index = self._turn(data)
+        shown = self.examples(pool, count, index)
+        prior = of_their_class(data.prior, shown)
+        return self._varied(shown), self.examples(prior, len(shown)) if prior else []
+
+    def examples(
+        self, pool: Sequence[Example], count: int, index: int | None = None
+    ) -> list[Example]:
+        """Take the next `count` of a pool that is reshuffled each time it has been gone through.
+
+        Of pictures of several sizes, take the next batch of one size: at most `count`.
+        index: of the batch among those of the pool; None: all of the run's are.
+        """
+        index = self.index if index is None else index
+        sizes = by_size(pool)
+        if len(sizes) > 1:
+            return self._bucket(sizes, count, index)
+        first = index * count
         return [pool[self._position(len(pool), i)] for i in range(first, first + count)]
+
+    def _bucket(self, sizes: list[list[Example]], count: int, index: int) -> list[Example]:
+        """Return one batch of an epoch, in which every picture of every size is shown once."""
+        batches = sum(math.ceil(len(alike) / count) for alike in sizes)
+        epoch, place = divmod(index, batches)
+        rng = generator(self.seed, 2, epoch)
+        parts = [
+            [alike[i] for i in part.tolist()]
+            for alike in sizes
+            for part in torch.randperm(len(alike), generator=rng).split(count)
+        ]
+        return parts[int(torch.randperm(batches, generator=rng)[place])]
+
+    def _turn(self, data: PersonalData) -> tuple[Sequence[Example], int]:
+        """Return the pictures whose turn it is, and how many turns they had before."""
+        if not data.take_turns:
+            return data.training, self.index
+        done, place = divmod(self.index, len(data.subjects))
+        order = torch.randperm(len(data.subjects), generator=generator(self.seed, 13, done))
+        return [e for e in data.training if e.subject == int(order[place])], done
+
+    def _varied(self, shown: list[Example]) -> list[Example]:
+        """Choose whether each is mirrored, and its words, where there is a choice."""
+        sides = torch.rand(len(shown), generator=generator(self.seed, 14, self.index))
+        words = torch.rand(len(shown), generator=generator(self.seed, 15, self.index))
+        return [
+            worded(e.views[int(side * len(e.views))], word)
+            for e, side, word in zip(shown, sides.tolist(), words.tolist(), strict=True)
+        ]
 
     def _position(self, size: int, index: int) -> int:
         epoch, place = divmod(index, size)
         return int(torch.randperm(size, generator=generator(self.seed, 2, epoch))[place])
+
+
+def by_size(pool: Sequence[Example]) -> list[list[Example]]:
+    """Group examples by the size of their latents, in the order of the first of each."""
+    sizes: dict[tuple[int, ...], list[Example]] = {}
+    for example in pool:
+        sizes.setdefault(tuple(example.latent.shape), []).append(example)
+    return list(sizes.values())
+
+
+def of_their_class(prior: Sequence[Example], shown: list[Example]) -> list[Example]:
+    """Return the prior pictures of the size of those shown, and of their class if there are any."""
+    alike = [e for e in prior if e.latent.shape == shown[0].latent.shape]
+    subjects = {example.subject for example in shown}
+    return [e for e in alike if e.subject in subjects] or alike
+
+
+def worded(example: Example, chance: float) -> Example:
+    """Return an example with one of its wordings, if it has any. chance: in [0, 1)."""
+    if not example.wordings:
+        return example
+    return example.said(example.wordings[int(chance * len(example.wordings))])
 
 
 def generator(seed: int, stream: int, index: int) -> torch.Generator:
@@ -160,12 +241,19 @@ def assemble(
         weight=weight,
         of_subject=of_subject,
         seed=seed,
+        masks=stack_masks(said),
     )
 
 
 def denoising_loss(denoiser: Denoiser, batch: Batch) -> Tensor:
-    """Return || target - prediction ||^2, averaged within each example: (B,)."""
+    """Return || target - prediction ||^2, averaged over what counts of each example: (B,)."""
     noisy = denoiser.noised(batch.latents, batch.noise, batch.timesteps)
     predicted = denoiser(noisy, batch.timesteps, *batch.conditions)
     target = denoiser.target(batch.latents, batch.noise, batch.timesteps)
-    return F.mse_loss(predicted, target, reduction="none").flatten(1).mean(1)
+    return averaged(F.mse_loss(predicted, target, reduction="none"), batch.masks)
+
+
+def averaged(errors: Tensor, masks: Tensor | None) -> Tensor:
+    """Average errors (B, C, h, w) within each example, by what its places count: (B,)."""
+    counted = errors if masks is None else errors * masks[:, None]
+    return counted.flatten(1).mean(1)

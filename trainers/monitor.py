@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Batch, Example, conditions
+from .data import Batch, Example, conditions, stack_masks
 from .denoiser import Denoiser
-from .method import denoising_loss, generator
+from .method import averaged, denoising_loss, generator
 
 TIMESTEPS = 10  # evenly spaced: the centres of as many bins
 BINS = TIMESTEPS
@@ -146,10 +146,12 @@ class Answer:
 class Probe:
     """Pictures at fixed timesteps with fixed noise. Row i is in bin i % BINS.
 
-    The pictures take turns, in every bin; rows of different probes have the same noise.
+    The pictures take turns, in every bin; rows of different probes have the same noise. What is
+    masked counts as it does in training; pictures are asked about with their own caption, unturned.
     """
 
-    batch: Batch  # on the CPU
+    rows: tuple[Tensor, ...]  # of every batch, (B,) int
+    batches: tuple[Batch, ...]  # one for each size of pictures, on the CPU
 
     @classmethod
     def of(cls, examples: Sequence[Example], timestep_count: int, rounds: int) -> "Probe":
@@ -159,9 +161,19 @@ class Probe:
         chosen = [examples[(row + row // cycle) % len(examples)] for row in rows]
         places = [row % BINS + (row // BINS + 0.5) / rounds for row in rows]
         timesteps = torch.tensor([int(place * timestep_count / BINS) for place in places])
-        latents = torch.stack([example.latent for example in chosen])
-        noise = [torch.randn(latents[0].shape, generator=generator(0, 3, row)) for row in rows]
-        return cls(fixed_batch(chosen, latents, torch.stack(noise), timesteps))
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for row, example in zip(rows, chosen, strict=True):
+            sizes.setdefault(tuple(example.latent.shape), []).append(row)
+        batches = []
+        for shape, alike in sizes.items():
+            latents = torch.stack([chosen[row].latent for row in alike])
+            noise = [torch.randn(shape, generator=generator(0, 3, row)) for row in alike]
+            batches.append(
+                fixed_batch(
+                    [chosen[row] for row in alike], latents, torch.stack(noise), timesteps[alike]
+                )
+            )
+        return cls(tuple(torch.tensor(alike) for alike in sizes.values()), tuple(batches))
 
     @torch.no_grad()
     def ask(self, denoiser: Denoiser) -> Answer:
@@ -173,21 +185,22 @@ class Probe:
             predicted = denoiser(noisy, batch.timesteps, *batch.conditions)
             target = denoiser.target(batch.latents, batch.noise, batch.timesteps)
             cleaned = denoiser.cleaned(noisy, predicted, batch.timesteps)
-            losses.append((predicted - target).square().flatten(1).mean(1).cpu())
+            losses.append(averaged((predicted - target).square(), batch.masks).cpu())
             grains.append(high_frequency_energy(cleaned).cpu())
-        return Answer(per_bin(torch.cat(losses)), per_bin(torch.cat(grains)))
+        order = torch.cat(self.rows).argsort()
+        return Answer(per_bin(torch.cat(losses)[order]), per_bin(torch.cat(grains)[order]))
 
     def _parts(self) -> Iterator[Batch]:
-        """Cut the batch into pieces that take little memory."""
-        rows = len(self.batch.latents)
-        size = max(1, LATENTS_AT_ONCE // self.batch.latents[0, 0].numel())
-        for start in range(0, rows, size):
-            tensors: dict[str, Any] = {
-                name: value[start : start + size]
-                for name, value in vars(self.batch).items()
-                if torch.is_tensor(value)
-            }
-            yield replace(self.batch, **tensors)
+        """Cut the batches into pieces that take little memory."""
+        for batch in self.batches:
+            size = max(1, LATENTS_AT_ONCE // batch.latents[0, 0].numel())
+            for start in range(0, len(batch.latents), size):
+                tensors: dict[str, Any] = {
+                    name: value[start : start + size]
+                    for name, value in vars(batch).items()
+                    if torch.is_tensor(value)
+                }
+                yield replace(batch, **tensors)
 
 
 def per_bin(values: Tensor) -> Tensor:
@@ -233,6 +246,7 @@ def fixed_batch(
         weight=ones,
         of_subject=ones.bool(),
         seed=0,
+        masks=stack_masks(examples),
     )
 
 

@@ -87,12 +87,18 @@ def changes(before: Inputs, now: Inputs, defaults: Inputs) -> list[str]:
     base = before.get("base") or {}
     told += [f"the base has {BASE[part]}" for part in BASE if base.get(part) != now["base"][part]]
     if before.get("data") != now["data"]:
-        told.append("data has other pictures or captions")
+        told += of_data(before.get("dataset") or {}, now.get("dataset") or {})
     elif "encoded" in before and not near(before["encoded"], now["encoded"]):
         told.append("data was encoded by another CLIP or VAE")
     prompts = ("instance_prompt", "class_prompt")
     told += differing({n: before.get(n) for n in prompts}, {n: now[n] for n in prompts})
     return told + list(of_monitor(before.get("monitor"), now["monitor"]))
+
+
+def of_data(before: Inputs, now: Inputs) -> Iterator[str]:
+    """Say what differs between data that is not the same."""
+    told = [f"data's {text}" for text in differing(before, now)] if before and now else []
+    yield from told or ["data has other pictures or captions"]
 
 
 def of_monitor(before: Inputs | None, now: Inputs | None) -> Iterator[str]:

@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Batch, PersonalData
+from ..data import Batch, Example, PersonalData, evened
 from ..denoiser import Denoiser
 from ..errors import InputError
-from ..method import Draws, Objective, denoising_loss, generator
+from ..method import Draws, Objective, averaged, denoising_loss, generator
 from ..settings import knob, redeclared
 from ..sites import attentions
 from .bnn import BNN, BNNSettings
@@ -243,31 +243,38 @@ class APT(BNN):
             return super().draw(data, denoiser, draws)
         s = self.settings
         drawn = repeated(draws, s.teacher_cache) if s.teacher_cache else draws
-        batch = super().draw(data, denoiser, drawn)
+        shown, prior = drawn.shown(data, s.batch_size)
+        batch = self.batch_of(data, shown, prior, denoiser, drawn)
         chance = self.gamma(batch, denoiser.timestep_count).clamp(max=s.p_max)
         rng = generator(draws.seed, 5, draws.index)
         augmented = torch.rand(len(chance), generator=rng) < chance
         slots = torch.randint(max(1, s.view_pool), chance.shape, generator=rng)
-        number = drawn.index * len(chance) + torch.arange(len(chance))
+        most = 2 * s.batch_size if data.prior else s.batch_size  # pictures in a batch
+        number = drawn.index * most + torch.arange(len(chance))
         latents = batch.latents.clone()
-        shown = draws_of(data, drawn, s.batch_size)  # these come first in a batch
-        for i in augmented.nonzero().flatten().tolist():
-            latents[i] = self._view(data, shown[i], int(number[i]), int(slots[i]), draws.step)
+        masks = batch.masks.clone() if batch.masks is not None else None
+        for i in augmented.nonzero().flatten().tolist():  # of those shown: they come first
+            view = self._view(data, shown[i], int(number[i]), int(slots[i]), draws.step)
+            latents[i] = view.latent
+            if masks is not None and view.mask is not None:
+                masks[i] = evened(view.mask)
         seed = generator(draws.seed, 4, draws.index).initial_seed()  # never that of a repeated draw
-        known = vars(batch) | {"latents": latents, "seed": seed}
+        known = vars(batch) | {"latents": latents, "seed": seed, "masks": masks}
         return ViewedBatch(**known, augmented=augmented, draw=2 * number + augmented)
 
-    def _view(self, data: PersonalData, picture: int, draw: int, slot: int, step: int) -> Tensor:
+    def _view(
+        self, data: PersonalData, example: Example, draw: int, slot: int, step: int
+    ) -> "View":
         s = self.settings
         if s.teacher_cache:  # a repeated draw shows the very same view
-            return self.views.kept(data, picture, place=draw, number=draw)
+            return self.views.kept(data, example, place=draw, number=draw)
         if s.view_pool:
-            place = picture * s.view_pool + slot
+            place = place_of(data, example) * s.view_pool + slot
             age = (step + slot * VIEW_LIFETIME // s.view_pool) // VIEW_LIFETIME  # one by one
             return self.views.kept(
-                data, picture, place, number=age * s.view_pool * len(data.training) + place
+                data, example, place, number=age * s.view_pool * len(data.training) + place
             )
-        return self.views.encoded(data, picture, number=draw)
+        return self.views.encoded(data, example, number=draw)
 
     # What is asked
 
@@ -304,7 +311,7 @@ class APT(BNN):
         moments = attentions(unet, "self-attention", s.features) if s.stabilize else {}
         maps = attentions(unet, "cross-attention") if s.align else {}
         return Answer(
-            error.flatten(1).mean(1),
+            averaged(error, batch.masks),
             tuple(token_moments(outputs[name]) for name in moments),
             tuple(
                 attention_map(outputs[f"{name}.to_q"], outputs[f"{name}.to_k"], attention.heads)
@@ -375,34 +382,44 @@ class APT(BNN):
         self.indicator.load_state_dict(state)
 
 
+@dataclass(frozen=True)
+class View:
+    """A picture as it was augmented."""
+
+    latent: Tensor  # (C, h, w)
+    mask: Tensor | None  # (h, w)
+
+
 class Views:
     """Augmented views of the training pictures as latents; a view's number says all of it."""
 
     def __init__(self, seed: int, pad: str):
         self.seed = seed
         self.pad = pad
-        self._places: dict[int, tuple[int, Tensor]] = {}  # place -> (number, latent)
+        self._places: dict[int, tuple[int, View]] = {}  # place -> (number, view)
 
-    def encoded(self, data: PersonalData, picture: int, number: int) -> Tensor:
-        """Zoom a picture out by 1 to 3, turn it by -15 to 15 degrees, encode it: (C, h, w)."""
+    def encoded(self, data: PersonalData, example: Example, number: int) -> View:
+        """Zoom a picture out by 1 to 3, turn it by -15 to 15 degrees, encode it.
+
+        Its mask goes along; what surrounds the picture counts as its most masked place does.
+        """
         zoom, turn = torch.rand(2, generator=generator(self.seed, 6, number)).tolist()
-        pixels = zoomed_out(
-            data.training[picture].pixels,
-            1 + (MOST_ZOOM - 1) * zoom,
-            MOST_DEGREES * (2 * turn - 1),
-            self.pad,
-        )
-        return data.encode(pixels[None])[0]
+        how = 1 + (MOST_ZOOM - 1) * zoom, MOST_DEGREES * (2 * turn - 1), self.pad
+        pixels, mask = zoomed_out(example.pixels, *how), example.mask
+        if mask is not None:
+            least = mask.min()
+            mask = (zoomed_out(2 * (mask - least)[None] - 1, *how)[0] + 1) / 2 + least
+        return View(data.encode(pixels[None])[0], mask)
 
-    def kept(self, data: PersonalData, picture: int, place: int, number: int) -> Tensor:
+    def kept(self, data: PersonalData, example: Example, place: int, number: int) -> View:
         """Do the same, keeping one view per place until another number is asked for there."""
         if self._places.get(place, (None,))[0] != number:
-            self._places[place] = number, self.encoded(data, picture, number)
+            self._places[place] = number, self.encoded(data, example, number)
         return self._places[place][1]
 
 
 def zoomed_out(pixels: Tensor, zoom: float, degrees: float, pad: str) -> Tensor:
-    """Shrink a picture about its centre and turn it, both (3, H, W) in [-1, 1].
+    """Shrink a picture about its centre and turn it, both (C, H, W) in [-1, 1].
 
     zoom: 1 or more; the content takes 1 / zoom^2 of the area. pad: what surrounds it.
     """
@@ -412,7 +429,7 @@ def zoomed_out(pixels: Tensor, zoom: float, degrees: float, pad: str) -> Tensor:
     small = F.interpolate(pixels[None] + 1, size, mode="bilinear", antialias=True)
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     turn = [[cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]]
-    grid = F.affine_grid(zoom * torch.tensor([turn]), [1, 3, height, width], align_corners=False)
+    grid = F.affine_grid(zoom * torch.tensor([turn]), [1, 1, height, width], align_corners=False)
     view = F.grid_sample(small, grid, padding_mode=PADDINGS[pad], align_corners=False)
     return view[0].clamp(0, 2) - 1
 
@@ -424,10 +441,10 @@ def repeated(draws: Draws, pool: int) -> Draws:
     return again
 
 
-def draws_of(data: PersonalData, draws: Draws, count: int) -> list[int]:
-    """Return which training pictures are drawn."""
-    places = {id(example): i for i, example in enumerate(data.training)}
-    return [places[id(example)] for example in draws.examples(data.training, count)]
+def place_of(data: PersonalData, example: Example) -> int:
+    """Return a number for a training picture; a mirrored one has another."""
+    views = [*data.training, *(one.mirrored for one in data.training)]
+    return next(i for i, view in enumerate(views) if view and view.pixels is example.pixels)
 
 
 @contextmanager

@@ -148,7 +148,8 @@ class SelectiveZO(LoRA):
 
     def __init__(self, settings: SelectiveZOSettings):
         super().__init__(settings)
-        self.small: tuple[PersonalData, PersonalData] | None = None  # (data, the same, small)
+        # the data, and its pictures made small, by the identity of the large ones' pixels
+        self.small: tuple[PersonalData, dict[int, Example]] | None = None
         self.last: dict[str, float] = {}
 
     def draw(self, data: PersonalData, denoiser: Denoiser, draws: Draws) -> Branched:
@@ -158,8 +159,11 @@ class SelectiveZO(LoRA):
         resolution, zeroth_order = fixed or (
             ("high", True) if coin(draws) < p_zo else ("low", False)
         )
-        shown = data if resolution == "high" else self.shrunk(data, denoiser)
-        batch = super().draw(shown, denoiser, draws)
+        shown, prior = draws.shown(data, self.settings.batch_size)
+        if resolution == "low":
+            small = self.shrunk(data, denoiser)
+            shown, prior = ([resized(e, small[id(e.pixels)]) for e in es] for es in (shown, prior))
+        batch = self.batch_of(data, shown, prior, denoiser, draws)
         return Branched(**vars(batch), zeroth_order=zeroth_order, p_zo=p_zo)
 
     def step_p_zo(self, data: PersonalData, denoiser: Denoiser, draws: Draws) -> float:
@@ -179,11 +183,15 @@ class SelectiveZO(LoRA):
         threshold = s.threshold_start + (s.threshold_end - s.threshold_start) * progress
         return torch.sigmoid(s.kappa * (share - threshold))
 
-    def shrunk(self, data: PersonalData, denoiser: Denoiser) -> PersonalData:
-        """Return the data at the low resolution, encoded at the first call and kept."""
+    def shrunk(self, data: PersonalData, denoiser: Denoiser) -> dict[int, Example]:
+        """Return the pictures at the low resolution, encoded at the first call and kept.
+
+        By the identity of their large pixels.
+        """
         if self.small is None or self.small[0] is not data:
-            low = self.settings.low_resolution
-            self.small = data, shrunk(data, low, denoiser.size_multiple)
+            low = shrunk(data, self.settings.low_resolution, denoiser.size_multiple)
+            pairs = zip(data.drawn(), low.drawn(), strict=True)
+            self.small = data, {id(large.pixels): small for large, small in pairs}
         return self.small[1]
 
     def update(self, objectives: Sequence[Objective], optimizer: torch.optim.Optimizer) -> Tensor:
@@ -250,10 +258,15 @@ def shrunk(data: PersonalData, low: int, size_multiple: int) -> PersonalData:
     Raises InputError when the base does not take that size.
     """
 
-    def small(examples: tuple[Example, ...]) -> tuple[Example, ...]:
-        return tuple(shrunk_example(e, data, low, size_multiple) for e in examples)
+    small = replace(data, held_out=()).changed(
+        lambda example: shrunk_example(example, data, low, size_multiple)
+    )
+    return replace(small, held_out=data.held_out)
 
-    return replace(data, training=small(data.training), prior=small(data.prior))
+
+def resized(example: Example, small: Example) -> Example:
+    """Return an example as it is worded, with a smaller picture."""
+    return replace(example, pixels=small.pixels, latent=small.latent, mask=small.mask)
 
 
 def shrunk_example(example: Example, data: PersonalData, low: int, size_multiple: int) -> Example:
@@ -262,14 +275,28 @@ def shrunk_example(example: Example, data: PersonalData, low: int, size_multiple
     multiple = shorter // min(example.latent.shape[1:]) * size_multiple  # in pixels
     side = low or max(multiple, shorter // 2 // multiple * multiple)
     size = round(height * side / shorter), round(width * side / shorter)
-    if side > shorter or any(length % multiple for length in size):
+    if side > shorter or side % multiple:
         raise InputError(
             "low_resolution",
             f"is {low}, which makes pictures of {width}x{height} ones that are "
             f"{size[1]}x{size[0]}; give a multiple of {multiple} below {shorter}, or 0.",
         )
     pixels = F.interpolate(example.pixels[None], size, mode="bicubic", antialias=True).clamp(-1, 1)
-    return replace(example, pixels=pixels[0], latent=data.encode(pixels)[0])
+    pixels = middle(pixels, multiple)
+    latent, mask = data.encode(pixels)[0], example.mask
+    if mask is not None:
+        whole = middle(F.interpolate(mask[None, None], size, mode="bilinear"), multiple)
+        mask = F.interpolate(whole, latent.shape[1:], mode="area")[0, 0]
+    return replace(example, pixels=pixels[0], latent=latent, mask=mask)
+
+
+def middle(pixels: Tensor, multiple: int) -> Tensor:
+    """Cut pixels (N, C, H, W) at the edges until both sides are a multiple of some pixels."""
+    for axis in (2, 3):
+        length = pixels.shape[axis]
+        rest = length % multiple
+        pixels = pixels.narrow(axis, rest // 2, length - rest)
+    return pixels
 
 
 # Zeroth order
