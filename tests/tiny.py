@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from personalize.trainers.data import Example, PersonalData
+from personalize.trainers.data import Example, PersonalData, Wording
 from personalize.trainers.denoiser import Denoiser
 from personalize.trainers.edits import Edit, of_weights, parameter_name
 from personalize.trainers.loop import Step, train
@@ -57,13 +57,14 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def example(seed: int) -> Example:
-    """Make an example; every seed is another one."""
+def example(seed: int, height: int = SIDE, width: int = SIDE, **more: Any) -> Example:
+    """Make an example; every seed is another one. height, width: of the latent."""
     return Example(
-        pixels=noise(3, 8 * SIDE, 8 * SIDE, seed=seed).clamp(-1, 1),
-        latent=noise(4, SIDE, SIDE, seed=1000 + seed),
+        pixels=noise(3, 8 * height, 8 * width, seed=seed).clamp(-1, 1),
+        latent=noise(4, height, width, seed=1000 + seed),
         caption=f"picture {seed}",
         context=noise(7, WIDTH, seed=2000 + seed),
+        **more,
     )
 
 
@@ -83,6 +84,47 @@ def tiny_data(count: int = 3, prior: int = 0, held_out: int = 0) -> PersonalData
         instance_prompt="a zib totem",
         class_prompt="a totem" if prior else "",
         encode=encode,
+    )
+
+
+SHAPES = ((8, 8), (12, 8), (8, 12), (8, 8), (12, 8), (8, 8), (12, 8))
+
+
+def mixed_data(prior: int = 0, **more: Any) -> PersonalData:
+    """Make data of three sizes: three square pictures, three upright ones, a wide one.
+
+    prior: pictures of every size.
+    """
+    sizes = list(dict.fromkeys(SHAPES))
+    return dataclasses.replace(
+        tiny_data(1, held_out=1),
+        training=tuple(example(i, *shape, **more) for i, shape in enumerate(SHAPES)),
+        prior=tuple(example(200 + 10 * n + i, *sizes[n]) for n in range(3) for i in range(prior)),
+    )
+
+
+def rich_data() -> PersonalData:
+    """Make data with all there is: two subjects of several sizes, masks, mirrors, wordings."""
+    plain = mixed_data(prior=2)
+    words = tuple(Wording(f"word {i}", noise(7, WIDTH, seed=5000 + i)) for i in range(3))
+
+    def rich(number: int, one: Example) -> Example:
+        height, width = one.latent.shape[1:]
+        mask = noise(height, width, seed=6000 + number).clamp(0, 1)
+        one = dataclasses.replace(
+            one, mask=mask if number % 2 else None, wordings=words, subject=number % 2
+        )
+        pixels, latent = one.pixels.flip(-1), one.latent.flip(-1)
+        turned = dataclasses.replace(one, pixels=pixels, latent=latent)
+        if one.mask is not None:
+            turned = dataclasses.replace(turned, mask=one.mask.flip(-1))
+        return dataclasses.replace(one, mirrored=turned)
+
+    return dataclasses.replace(
+        plain,
+        training=tuple(rich(number, one) for number, one in enumerate(plain.training)),
+        subjects=("a zib totem", "a mog sprite"),
+        take_turns=True,
     )
 
 

@@ -169,7 +169,7 @@ class Batch:
     weight: Tensor  # (B,) share of each example in the loss
     of_subject: Tensor  # (B,) bool: not a prior picture
     seed: int  # of what else is random while this batch is looked at, such as weights
-    masks: Tensor | None  # (B, h, w) what each place counts, 1 on average; None: all alike
+    masks: Tensor | None  # (B, 1, h, w) what each place counts, 1 on average; None: all alike
 
     @property
     def conditions(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,11 +194,12 @@ def conditions(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def stack_masks(examples: Sequence[Example]) -> Tensor | None:
-    """Return what each place counts in the loss, (B, h, w); None where no example has a mask."""
+    """Return what each place counts in the loss, (B, 1, h, w); None where no example has a mask."""
     if all(example.mask is None for example in examples):
         return None
     whole = torch.ones(examples[0].latent.shape[1:])
-    return torch.stack([whole if e.mask is None else evened(e.mask) for e in examples])
+    masks = [whole if e.mask is None else evened(e.mask) for e in examples]
+    return torch.stack(masks)[:, None]
 
 
 def evened(mask: Tensor) -> Tensor:

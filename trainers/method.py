@@ -81,12 +81,13 @@ class Method:
             total = total.to(loss.device) + loss.detach()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clipping or math.inf)
-        self.gradient_norm = float(norm)
-        if not (total + norm).isfinite():
-            return total * math.nan  # before the step: what was learned so far stays good
+        # the one time that a step waits for the device: what is returned is on the CPU
+        loss, self.gradient_norm = float(total), float(norm)
+        if not math.isfinite(loss + self.gradient_norm):
+            return torch.tensor(math.nan)  # before the step: what was learned so far stays good
         self.moving = True
         optimizer.step()
-        return total
+        return torch.tensor(loss)
 
     def facts(self) -> dict[str, float]:
         """Return what the last step has to tell besides its loss, by name, for the history."""
@@ -255,5 +256,5 @@ def denoising_loss(denoiser: Denoiser, batch: Batch) -> Tensor:
 
 def averaged(errors: Tensor, masks: Tensor | None) -> Tensor:
     """Average errors (B, C, h, w) within each example, by what its places count: (B,)."""
-    counted = errors if masks is None else errors * masks[:, None]
+    counted = errors if masks is None else errors * masks
     return counted.flatten(1).mean(1)
