@@ -14,10 +14,11 @@ from personalize.trainers.errors import InputError
 from personalize.trainers.loop import Step, train
 from personalize.trainers.methods import METHODS
 from personalize.trainers.optimizers import OPTIMIZERS
+from personalize.trainers.resume import of_data
 from personalize.trainers.run import Run
 from personalize.trainers.state import State, pack
 from tests.sessions import interrupt, monitoring, outcome, session, show
-from tests.tiny import comfy_model, make, tiny_data, tiny_denoiser
+from tests.tiny import comfy_model, make, mixed_data, rich_data, tiny_data, tiny_denoiser
 
 HALF = 3  # steps
 
@@ -264,6 +265,10 @@ CHANGES = {
     "several": ({"seed": 1, "steps": 4}, "steps was 3, now 4; seed was 0, now 1"),
     "method": ({"method": "para"}, "the method was lora, now para"),
     "pictures": ({"data": tiny_data(4)}, "data has other pictures or captions"),
+    "sizes": (
+        {"data": mixed_data()},
+        "data's sizes was ['64x64'], now ['64x64', '64x96', '96x64']",
+    ),
     "base": ({"seed_of_base": 1}, "the base has other weights"),
     "monitor": ({"monitor": monitoring()}, "a monitor was not connected"),
 }
@@ -288,6 +293,20 @@ def test_what_changed_is_said_and_a_new_run_begins(root, monkeypatch, change, fi
     back = session(steps=3)  # as it was at first: that run is still there
     assert back.train() and names(root) == ["some", "some 2"]
     assert ("finished before" if finished else "resumed at step 2") in back.said
+
+
+def test_of_data_that_changed_it_is_said_how():
+    before, now = tiny_data(3), rich_data()
+    told = list(of_data(before.traits(), now.traits()))
+    assert told == [
+        "data's sizes was ['64x64'], now ['64x64', '64x96', '96x64']",
+        "data's masks was 0, now 3",
+        "data's mirrored pictures was 0, now 7",
+        "data's wordings was 0, now 21",
+        "data's subjects was [], now ['a zib totem', 'a mog sprite']",
+        "data's turns was False, now True",
+    ]
+    assert list(of_data({}, now.traits())) == ["data has other pictures or captions"]
 
 
 def test_a_changed_monitor_is_named_with_its_values(root):
