@@ -11,7 +11,8 @@ from personalize.trainers.loop import adapt, train
 from personalize.trainers.method import Draws, Method, Objective, generator
 from personalize.trainers.methods import METHODS
 from personalize.trainers.methods.lora import LoRA
-from tests.tiny import make, run, same, tiny_data, tiny_denoiser, tiny_unet
+from personalize.trainers.optimizers import build_optimizer
+from tests.tiny import make, noise, run, same, tiny_data, tiny_denoiser, tiny_unet
 
 
 def rates(**settings) -> list[float]:
@@ -77,6 +78,27 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(clipping):
             broken.register_hook(lambda gradient: gradient * float("inf"))
     step, good = kept[-1]
     assert len(kept) == 1 and same(to_tensors(step.learned()), good)
+
+
+def test_adamw_moves_as_the_book_says():
+    """Loshchilov & Hutter 2019, algorithm 2; however many kernels it takes."""
+    rate, decay, betas, eps = 1e-2, 0.1, (0.9, 0.999), 1e-8
+    weights = [torch.nn.Parameter(noise(5, 3, seed=i)) for i in range(2)]
+    optimizer = build_optimizer("adamw", weights, rate, decay)
+    theta = [w.detach().double() for w in weights]
+    moments = [(torch.zeros(5, 3).double(), torch.zeros(5, 3).double()) for _ in weights]
+    for t in range(1, 5):
+        for i, weight in enumerate(weights):
+            weight.grad = noise(5, 3, seed=100 * t + i)
+            m, v = moments[i]
+            g = weight.grad.double()
+            m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
+            moments[i] = m, v
+            step = (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+            theta[i] = theta[i] - rate * step - rate * decay * theta[i]
+        optimizer.step()
+    for weight, expected in zip(weights, theta, strict=True):
+        assert torch.allclose(weight.double(), expected, atol=1e-6)
 
 
 def test_the_loss_of_a_step_is_the_mean_of_its_parts():

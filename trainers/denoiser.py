@@ -31,7 +31,7 @@ class Denoiser(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return self.unet.device
+        return self.unet.conv_in.weight.device  # diffusers' own property walks all modules
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,14 +105,25 @@ class Denoiser(nn.Module):
     @contextmanager
     def prior(self) -> Iterator["Denoiser"]:
         """Inside, the network is the frozen base."""
-        layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
+        # peft's enable_adapters() also switches gradients off and on, one parameter after the
+        # other: milliseconds for a hundred layers, in every step of a method that asks the base
+        layers = [m for m in every_module(self.unet) if isinstance(m, BaseTunerLayer)]
         for layer in layers:
-            layer.enable_adapters(False)
+            layer._disable_adapters = True
         try:
             yield self
         finally:
             for layer in layers:
-                layer.enable_adapters(True)
+                layer._disable_adapters = False
+
+
+def every_module(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield all modules, without the names that torch's own `modules()` makes on the way."""
+    found = [network]
+    while found:
+        module = found.pop()
+        yield module
+        found += [child for child in module._modules.values() if child is not None]
 
 
 def noise_schedule(alphas_cumprod: Tensor, prediction_type: str) -> DDPMScheduler:

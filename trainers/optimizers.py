@@ -17,6 +17,7 @@ OPTIMIZERS = {
     "prodigy": ("prodigyopt", "Prodigy", "prodigyopt", {"safeguard_warmup": True}),
     "lion": ("lion_pytorch", "Lion", "lion-pytorch", {}),
 }
+FUSED = ("cpu", "cuda")  # where AdamW moves all weights in one kernel
 
 
 def build_optimizer(
@@ -35,4 +36,7 @@ def build_optimizer(
             f"is '{name}', which needs the package {distribution}: install it with "
             f"`pip install {distribution}`, or choose adamw.",
         ) from error
-    return optimizer(list(parameters), lr=learning_rate, weight_decay=weight_decay, **extra)
+    learning = list(parameters)
+    if name == "adamw" and all(p.device.type in FUSED for p in learning):
+        extra = {"fused": True}
+    return optimizer(learning, lr=learning_rate, weight_decay=weight_decay, **extra)

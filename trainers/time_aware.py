@@ -84,11 +84,6 @@ class TimeAware(nn.Module, BaseTunerLayer):
         )
         self._disable_adapters = False
 
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch all blocks on or off, as `Denoiser.prior` does."""
-        self._disable_adapters = not enabled
-        self.requires_grad_(enabled)
-
     def forward(self, block: str, z: Tensor, time: Tensor, strength: float = 1.0) -> Tensor:
         """Return what goes to the block's output projection instead of z, (B, hw, c), in fp32."""
         z, time = z.float(), time.float()

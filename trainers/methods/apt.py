@@ -19,7 +19,7 @@ stay below 1 %.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,6 +174,21 @@ class ViewedBatch(Batch):
 
 
 @dataclass(frozen=True)
+class Watched:
+    """Where a network is compared with its base, by name."""
+
+    unet: nn.Module
+    self_attentions: dict[str, Any]
+    cross_attentions: dict[str, Any]
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the modules whose outputs are compared, or needed for that."""
+        queries = {f"{name}.to_q": a.to_q for name, a in self.cross_attentions.items()}
+        keys = {f"{name}.to_k": a.to_k for name, a in self.cross_attentions.items()}
+        return {**self.self_attentions, **queries, **keys}
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a network has to say to a batch, as far as APT compares it."""
 
@@ -214,6 +229,7 @@ class APT(BNN):
         self.views = Views(settings.seed, settings.pad)
         self._base_answers: dict[int, Answer] = {}  # by draw, on the CPU
         self._observed: list[Observation] | None = None  # a list while a step is made
+        self._watched: Watched | None = None
         self._facts: dict[str, float] = {}
 
     @property
@@ -284,7 +300,7 @@ class APT(BNN):
         s = self.settings
         base = self._base_answer(denoiser, batch)
         gamma = self.gamma(batch, denoiser.timestep_count)
-        with recording(self._compared(denoiser)) as outputs:
+        with self._recording(denoiser) as outputs:
             total = super().loss(denoiser, replace(batch, weight=batch.weight * (1 - gamma)))
         tuned = self._answer(denoiser, batch, outputs)
         rs = (batch.weight * moment_distance(tuned, base)).sum()
@@ -293,29 +309,28 @@ class APT(BNN):
             self._observed.append(self._observation(denoiser, batch, base, tuned, rs, aa))
         return total + s.lambda_rs * rs + s.lambda_aa * aa
 
-    def _compared(self, denoiser: Denoiser) -> dict[str, nn.Module]:
-        """Return the modules whose outputs are compared, by name."""
-        s, unet = self.settings, denoiser.unet
-        watched: dict[str, nn.Module] = {PREDICTION: denoiser}
-        if s.stabilize:
-            watched |= attentions(unet, "self-attention", s.features)
-        if s.align:
-            for name, attention in attentions(unet, "cross-attention").items():
-                watched |= {f"{name}.to_q": attention.to_q, f"{name}.to_k": attention.to_k}
-        return watched
+    def watched(self, unet: nn.Module) -> Watched:
+        """Return what is compared of an adapted network, which is searched once."""
+        if self._watched is None or self._watched.unet is not unet:
+            s = self.settings
+            of_features = attentions(unet, "self-attention", s.features) if s.stabilize else {}
+            of_words = attentions(unet, "cross-attention") if s.align else {}
+            self._watched = Watched(unet, of_features, of_words)
+        return self._watched
+
+    def _recording(self, denoiser: Denoiser) -> AbstractContextManager[dict[str, Tensor]]:
+        return recording({PREDICTION: denoiser} | self.watched(denoiser.unet).modules())
 
     def _answer(self, denoiser: Denoiser, batch: Batch, outputs: dict[str, Tensor]) -> Answer:
-        s, unet = self.settings, denoiser.unet
+        watched = self.watched(denoiser.unet)
         target = denoiser.target(batch.latents, batch.noise, batch.timesteps)
         error = F.mse_loss(outputs[PREDICTION].detach(), target, reduction="none")
-        moments = attentions(unet, "self-attention", s.features) if s.stabilize else {}
-        maps = attentions(unet, "cross-attention") if s.align else {}
         return Answer(
             averaged(error, batch.masks),
-            tuple(token_moments(outputs[name]) for name in moments),
+            tuple(token_moments(outputs[name]) for name in watched.self_attentions),
             tuple(
                 attention_map(outputs[f"{name}.to_q"], outputs[f"{name}.to_k"], attention.heads)
-                for name, attention in maps.items()
+                for name, attention in watched.cross_attentions.items()
                 if outputs[f"{name}.to_q"].shape[1] <= MOST_QUERIES
             ),
         )
@@ -332,7 +347,7 @@ class APT(BNN):
 
     @torch.no_grad()
     def _ask_base(self, denoiser: Denoiser, batch: Batch) -> Answer:
-        with denoiser.prior(), recording(self._compared(denoiser)) as outputs:
+        with denoiser.prior(), self._recording(denoiser) as outputs:
             denoising_loss(denoiser, batch)
         return self._answer(denoiser, batch, outputs)
 

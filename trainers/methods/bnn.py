@@ -15,7 +15,7 @@ size, no weight decay, and noise that follows from the batch's seed alone, so th
 checkpointing meets the same weights twice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +150,7 @@ class BNN(LoRA):
     def __init__(self, settings: BNNSettings):
         super().__init__(settings)
         self._noise_facts: dict[str, float] = {}
+        self._random: tuple[nn.Module, list[Posterior]] | None = None  # a network, and its own
 
     def adapt(self, unet: nn.Module) -> None:
         s = self.settings
@@ -167,6 +168,12 @@ class BNN(LoRA):
         if s.sigma > 0:
             randomize(unet, named, s.sigma, s.sigma_relative and s.over != "oft")
 
+    def random(self, unet: nn.Module) -> "list[Posterior]":
+        """Return what is random in an adapted network, which is searched once."""
+        if self._random is None or self._random[0] is not unet:
+            self._random = unet, list(posteriors(unet))
+        return self._random[1]
+
     def learned(self, unet: nn.Module) -> dict[str, Edit]:
         with drawn(unet, None):
             if self.settings.over == "full":
@@ -183,32 +190,33 @@ class BNN(LoRA):
         """
         s, unet = self.settings, denoiser.unet
         if torch.is_grad_enabled():
-            draw(unet, batch.seed)
+            set_seed(self.random(unet), batch.seed)
             loss = super().loss(denoiser, batch)
         else:
             with drawn(unet, batch.seed):
                 loss = super().loss(denoiser, batch)
         if s.kl_weight == 0:
             return loss
-        return loss + s.kl_weight * divergence(unet, s.kl_direction, s.kl_reduction)
+        kl = divergence_of(self.random(unet), s.kl_direction, s.kl_reduction)
+        return loss + s.kl_weight * kl.to(loss.device)
 
     def update(self, objectives: Sequence[Objective], optimizer: torch.optim.Optimizer) -> Tensor:
         unet = objectives[0].denoiser.unet
         try:
             loss = super().update(objectives, optimizer)
         finally:
-            draw(unet, None)
-        self._noise_facts = self._facts_of_noise(unet)
+            set_seed(self.random(unet), None)
+        self._noise_facts = self._facts_of_noise(self.random(unet))
         return loss
 
     @torch.no_grad()
-    def _facts_of_noise(self, unet: nn.Module) -> dict[str, float]:
-        s, found = self.settings, list(posteriors(unet))
+    def _facts_of_noise(self, found: "list[Posterior]") -> dict[str, float]:
+        s = self.settings
         if not found:
             return {}
-        total = sum(float(p.noise.spread().sum()) for p in found)
-        kl = float(divergence(unet, s.kl_direction, s.kl_reduction))
-        return {"kl": kl, "sigma": total / sum(p.mean.numel() for p in found)}
+        total = torch.stack([p.noise.spread().sum() for p in found]).double().sum()
+        kl = divergence_of(found, s.kl_direction, s.kl_reduction)
+        return {"kl": float(kl), "sigma": float(total) / sum(p.mean.numel() for p in found)}
 
     def facts(self) -> dict[str, float]:
         return super().facts() | self._noise_facts
@@ -320,11 +328,29 @@ def drawn(unet: nn.Module, seed: int | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Posterior:
-    """q of one parameter, and its prior's mean."""
+    """q of one parameter, and its prior's mean.
 
-    noise: Gaussian
-    mean: Tensor
-    prior_mean: Tensor | None  # theta_0, shaped like the mean; None: zero
+    Holds modules alone: their tensors may be moved, or let go of.
+    """
+
+    part: Any  # whose parameter is random
+    name: str  # of the parameter
+    base_layer: nn.Module | None  # whose parameter of that name is theta_0; None: zero
+
+    @property
+    def noise(self) -> Gaussian:
+        """What draws it."""
+        return self.part.parametrizations[self.name][0]
+
+    @property
+    def mean(self) -> Tensor:
+        """Return mu."""
+        return self.part.parametrizations[self.name].original
+
+    @property
+    def prior_mean(self) -> Tensor | None:
+        """Return theta_0, shaped like the mean; None: zero."""
+        return self.base_layer.get_parameter(self.name) if self.base_layer is not None else None
 
 
 def posteriors(unet: nn.Module) -> Iterator[Posterior]:
@@ -333,9 +359,14 @@ def posteriors(unet: nn.Module) -> Iterator[Posterior]:
         part = own_part(layer)
         if not is_parametrized(part):
             continue
-        for name, steps in part.parametrizations.items():
-            base = layer.base_layer.get_parameter(name) if isinstance(layer, Free) else None
-            yield Posterior(steps[0], steps.original, base)
+        for name in part.parametrizations:
+            yield Posterior(part, name, layer.base_layer if isinstance(layer, Free) else None)
+
+
+def set_seed(found: Iterable[Posterior], seed: int | None) -> None:
+    """Draw what is random with the noise of a batch from now on. None: it is its mean."""
+    for posterior in found:
+        posterior.noise.seed = seed
 
 
 def divergence(unet: nn.Module, direction: str, reduction: str) -> Tensor:
@@ -344,20 +375,41 @@ def divergence(unet: nn.Module, direction: str, reduction: str) -> Tensor:
     direction: "posterior to prior" is KL(q || p). reduction: "sum" over all random weights, or
     their "mean".
     """
-    total, count = torch.zeros((), device=next(unet.parameters()).device), 0
-    for posterior in posteriors(unet):
-        mean, sigma = posterior.mean, posterior.noise.spread()
-        # a tensor on the device: CUDA divides by a number with a rounded reciprocal
-        prior_sigma = mean.new_full((), posterior.noise.prior_sigma)
-        prior_mean = torch.zeros_like(prior_sigma)
-        if posterior.prior_mean is not None:
-            prior_mean = posterior.prior_mean.to(mean.dtype)
+    return divergence_of(list(posteriors(unet)), direction, reduction)
+
+
+def divergence_of(found: Sequence[Posterior], direction: str, reduction: str) -> Tensor:
+    """Do the same for the random parameters of a network."""
+    total, count = torch.zeros(()), 0
+    for mean, sigma, prior_mean, prior_sigma in together(found):
+        total = total.to(mean.device)
         if direction == "posterior to prior":
             kl = normal_kl(mean, sigma, prior_mean, prior_sigma)
         else:
             kl = normal_kl(prior_mean, prior_sigma, mean, sigma)
         total, count = total + kl.sum(), count + mean.numel()
     return total / max(count, 1) if reduction == "mean" else total
+
+
+def together(found: Iterable[Posterior]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield mean and sigma, prior mean and prior sigma; parameters with one prior are joined.
+
+    A network has hundreds of small ones, and every operation on each takes time.
+    """
+    alike: dict[float, list[Posterior]] = {}
+    for posterior in found:
+        mean, prior_mean = posterior.mean, posterior.prior_mean
+        # a tensor on the device: CUDA divides by a number with a rounded reciprocal
+        prior_sigma = mean.new_full((), posterior.noise.prior_sigma)
+        if prior_mean is None:
+            alike.setdefault(posterior.noise.prior_sigma, []).append(posterior)
+        else:
+            yield mean, posterior.noise.spread(), prior_mean.to(mean.dtype), prior_sigma
+    for number, group in alike.items():
+        mean = torch.cat([posterior.mean.flatten() for posterior in group])
+        sigma = torch.cat([posterior.noise.sigma.flatten() for posterior in group])
+        zero, prior_sigma = mean.new_zeros(()), mean.new_full((), number)
+        yield mean, sigma.clamp(min=LEAST_SIGMA), zero, prior_sigma
 
 
 def normal_kl(mean: Tensor, sigma: Tensor, other_mean: Tensor, other_sigma: Tensor) -> Tensor:

@@ -110,11 +110,12 @@ class ReducedConv2d(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return result
         q = torch.linalg.qr(self.deft_P["default"].float()).Q
-        product = result.float()
+        product = result.float().flatten(2)  # (B, out, hw)
+        removed = q.mT @ product  # (B, r, hw), with the bias's share in it
         if self.base_layer.bias is not None:
-            product = product - self.base_layer.bias.float()[:, None, None]
-        removed = torch.einsum("or,pr,bphw->bohw", q, q, product)
-        return (result.float() - removed).to(result.dtype)
+            removed = removed - (q.mT @ self.base_layer.bias.float())[:, None]
+        kept = torch.baddbmm(product, q.expand(len(product), -1, -1), removed, alpha=-1)
+        return kept.view_as(result).to(result.dtype)
 
 
 def reduced_layers(unet: nn.Module) -> dict[str, DeftLinear | ReducedConv2d]:
@@ -133,6 +134,8 @@ def bottom_directions(weight: Tensor, rank: int) -> Tensor:
     weight has enough directions that it does not use at all: random ones among those are taken,
     which spares the eigenvectors of a large matrix.
     """
+    if weight.is_meta:  # no numbers, no directions
+        return torch.zeros(len(weight), rank)
     matrix = weight.detach().flatten(1).cpu().double()
     tall = matrix.shape[0] - matrix.shape[1] >= rank
     if tall:

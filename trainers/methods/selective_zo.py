@@ -337,11 +337,13 @@ class Point:
     def __init__(self, parameters: list[nn.Parameter], copy: bool):
         self.parameters = parameters
         self.origin = [p.detach().clone() for p in parameters] if copy else None
+        self._last: tuple[Directions, list[Tensor]] | None = None  # a direction, and its z
 
     def move(self, direction: Directions, length: float) -> None:
         """Add length * z."""
-        for parameter, z in zip(self.parameters, direction, strict=True):
-            parameter.add_(z, alpha=length)
+        if self._last is None or self._last[0] is not direction:
+            self._last = direction, list(direction)  # a step moves three times along one
+        torch._foreach_add_(self.parameters, self._last[1], alpha=length)
 
     def look(self, loss: Loss, direction: Directions, length: float) -> Tensor:
         """Return loss() at theta + length * z; theta is back afterwards."""
@@ -350,8 +352,7 @@ class Point:
         if self.origin is None:
             self.move(direction, -length)
         else:
-            for parameter, before in zip(self.parameters, self.origin, strict=True):
-                parameter.copy_(before)
+            torch._foreach_copy_(self.parameters, self.origin)
         return value
 
 
