@@ -333,19 +333,15 @@ class Posterior:
     Holds modules alone: their tensors may be moved, or let go of.
     """
 
-    part: Any  # whose parameter is random
+    noise: Gaussian
+    steps: Any  # from mu to what the layer computes with: torch's ParametrizationList
     name: str  # of the parameter
     base_layer: nn.Module | None  # whose parameter of that name is theta_0; None: zero
 
     @property
-    def noise(self) -> Gaussian:
-        """What draws it."""
-        return self.part.parametrizations[self.name][0]
-
-    @property
     def mean(self) -> Tensor:
         """Return mu."""
-        return self.part.parametrizations[self.name].original
+        return self.steps.original
 
     @property
     def prior_mean(self) -> Tensor | None:
@@ -359,8 +355,9 @@ def posteriors(unet: nn.Module) -> Iterator[Posterior]:
         part = own_part(layer)
         if not is_parametrized(part):
             continue
-        for name in part.parametrizations:
-            yield Posterior(part, name, layer.base_layer if isinstance(layer, Free) else None)
+        base_layer = layer.base_layer if isinstance(layer, Free) else None
+        for name, steps in part.parametrizations.items():
+            yield Posterior(steps[0], steps, name, base_layer)
 
 
 def set_seed(found: Iterable[Posterior], seed: int | None) -> None:

@@ -13,9 +13,9 @@ zeroth-order step is MeZO's SPSA (Malladi et al. 2023, arXiv 2305.17333) over a 
 
     g = (L(theta + eps z) - L(theta - eps z)) / 2 eps,    theta <- theta - rate g z
 
-on the same noise, timesteps and captions, with z from a seed and never stored. It moves by its own
-plain SGD: no momentum, decay or clipping, the rate following the schedule; the optimiser of BP-low
-does not notice it.
+on the same noise, timesteps and captions, with z from a seed, held for one step: a LoRA's is small.
+It moves by its own plain SGD: no momentum, decay or clipping, the rate following the schedule; the
+optimiser of BP-low does not notice it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
