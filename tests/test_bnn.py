@@ -310,6 +310,16 @@ def test_sigma_zero_registers_nothing(over):
     assert method.facts() == {}
 
 
+def test_a_network_is_searched_once_and_its_weights_are_not_held():
+    method, denoiser = adapted("full")
+    found = method.random(denoiser.unet)
+    assert method.random(denoiser.unet) is found
+    assert method.random(tiny_denoiser().unet) == []
+    found = method.random(denoiser.unet)
+    denoiser.to("meta")  # as when a training ends
+    assert found and all(p.mean.is_meta and p.prior_mean.is_meta for p in found)
+
+
 def test_a_divergence_without_noise_is_refused():
     with pytest.raises(InputError, match=r"'kl_weight' is 0\.1, but 'sigma' is 0"):
         run(bnn(kl_weight=0.1, sigma=0.0), tiny_denoiser())

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from personalize.trainers.edits import to_tensors
 from personalize.trainers.errors import InputError
@@ -78,6 +79,28 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(clipping):
             broken.register_hook(lambda gradient: gradient * float("inf"))
     step, good = kept[-1]
     assert len(kept) == 1 and same(to_tensors(step.learned()), good)
+
+
+class Reads(TorchDispatchMode):
+    """Count how often a number is read off a tensor, for which a GPU has to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_waits_for_the_device_once():
+    """It reads loss and norm together, before the weights move."""
+    denoiser, method = tiny_denoiser(), make(LoRA)
+    optimizer = build_optimizer("adamw", adapt(method, denoiser.unet), 1e-2, 0.0)
+    batch = method.draw(tiny_data(), denoiser, Draws(0, 0, 0, 1))
+    order = []
+    optimizer.register_step_pre_hook(lambda *_: order.append(reads.count))
+    with Reads() as reads:
+        method.update([Objective(method, denoiser, batch)], optimizer)
+    assert order == [2] and reads.count == 2
 
 
 def test_adamw_moves_as_the_book_says():
