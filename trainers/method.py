@@ -131,7 +131,9 @@ class Draws:
         count: of training pictures, or fewer where there are no more of that size.
         """
         pool, index = self._turn(data)
-        shown = self.examples(pool, count, index)
+        sizes = by_size(pool)
+        mixed = len(sizes) > 1
+        shown = self._bucket(sizes, count, index) if mixed else self.examples(pool, count, index)
         prior = of_their_class(data.prior, shown)
         return self._varied(shown), self.examples(prior, len(shown)) if prior else []
 
@@ -140,18 +142,13 @@ class Draws:
     ) -> list[Example]:
         """Take the next `count` of a pool that is reshuffled each time it has been gone through.
 
-        Of pictures of several sizes, take the next batch of one size: at most `count`.
         index: of the batch among those of the pool; None: all of the run's are.
         """
-        index = self.index if index is None else index
-        sizes = by_size(pool)
-        if len(sizes) > 1:
-            return self._bucket(sizes, count, index)
-        first = index * count
+        first = (self.index if index is None else index) * count
         return [pool[self._position(len(pool), i)] for i in range(first, first + count)]
 
     def _bucket(self, sizes: list[list[Example]], count: int, index: int) -> list[Example]:
-        """Return one batch of an epoch, in which every picture of every size is shown once."""
+        """Return a batch of one size, of an epoch in which every picture is shown once."""
         batches = sum(math.ceil(len(alike) / count) for alike in sizes)
         epoch, place = divmod(index, batches)
         rng = generator(self.seed, 2, epoch)
