@@ -39,7 +39,14 @@ class Dataset(io.ComfyNode):
             description="Prepares the pictures of your subject: checks them, fits them to the "
             "training resolution, encodes pictures and captions once, and sets some aside to "
             "measure over-fitting.",
-            search_aliases=["training images", "dreambooth dataset", "lora dataset", "few-shot"],
+            search_aliases=[
+                "training images",
+                "dreambooth dataset",
+                "lora dataset",
+                "few-shot",
+                "aspect ratio buckets",
+                "masked training",
+            ],
             is_input_list=True,
             inputs=[
                 io.Image.Input(
@@ -447,7 +454,7 @@ def fitted_mask(mask: Tensor, picture: Tensor, size: tuple[int, int], fit: str) 
 
     It may have another size than the picture, and is a whole picture's all the same.
     """
-    whole = mask.float().clamp(0, 1)[None, None]
+    whole = mask.cpu().float().clamp(0, 1)[None, None]
     height, width = picture.shape[:2]
     if whole.shape[2:] != (height, width):
         whole = F.interpolate(whole, (height, width), mode="bilinear", antialias=True).clamp(0, 1)

@@ -24,7 +24,7 @@ from ..trainers.data import Example, PersonalData
 from ..trainers.denoiser import Denoiser
 from ..trainers.errors import InputError
 from ..trainers.loop import train
-from ..trainers.method import Method
+from ..trainers.method import Method, by_size
 from ..trainers.monitor import over_fitting
 from ..trainers.report import History
 from ..trainers.resume import Found, find, sketch
@@ -356,8 +356,9 @@ class Session:
     def _repeats(self) -> str:
         """Say when a batch is larger than the set."""
         size, count = self.method.settings.batch_size, len(self.data.training)
-        times = f"{size / count:.1f} times a step"
-        return f"every picture was shown {times}: 'batch_size' is {size}" if size > count else ""
+        if size <= count or len(by_size(self.data.training)) > 1 or self.data.take_turns:
+            return ""
+        return f"every picture was shown {size / count:.1f} times a step: 'batch_size' is {size}"
 
     def _verdict_text(self, learned: Personalization) -> str:
         assert self.watch is not None

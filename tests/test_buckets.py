@@ -25,6 +25,8 @@ from personalize.trainers.monitor import BINS, Examination, Probe, over_fitting,
 from tests.test_dataset import SIDE, pictures, prepared, refusal, vae  # noqa: F401
 from tests.tiny import (
     comfy_model,
+    comfy_output,
+    distance,
     example,
     make,
     mixed_data,
@@ -301,6 +303,22 @@ def test_a_bucket_cuts_the_little_that_is_too_much_at_the_centre():
     origin = origin_of(picture, (384, 640), BUCKETS)
     assert origin.size == (200, 330) and origin.corner[0] > 0 == origin.corner[1]
     assert origin.corner[0] == pytest.approx((200 - 198) / 2 / 198)
+
+
+def test_sdxl_is_told_the_size_that_a_picture_has():
+    assert example(0, 12, 8).sizes.tolist() == [96, 64, 0, 0, 96, 64]
+    origin = origin_of(torch.zeros(300, 190, 3), (96, 64), BUCKETS)
+    told = dataclasses.replace(example(0, 12, 8), origin=origin).sizes.tolist()
+    assert told == [300, 190, 3, 0, 96, 64]  # of 300 rows the middle 285 are shown
+
+
+@pytest.mark.parametrize("height, width", [(12, 8), (6, 14)])
+def test_on_pictures_that_are_not_square_training_computes_what_comfyui_does(height, width):
+    model = comfy_model()
+    inputs = noise(2, 4, height, width, seed=5), torch.tensor([3, 990]), noise(2, 7, 32, seed=6)
+    with torch.no_grad():
+        ours = bridge.denoiser_of(model)(*inputs)
+    assert distance(ours, comfy_output(model, *inputs)) <= 1e-4
 
 
 # The node
