@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..trainers.denoiser import Denoiser
 from ..trainers.edits import parameter_name
+from ..trainers.eight_bits import store_in_eight_bits
 from ..trainers.errors import InputError
 
 PREFIX = "diffusion_model."
@@ -26,7 +27,7 @@ SUPPORTED = {
     families.SD20: "stable-diffusion-v2",
     families.SDXL: "stable-diffusion-xl-v1-base",
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
 
 def denoiser_of(model: ModelPatcher, precision: str = "fp32") -> Denoiser:
@@ -62,6 +63,8 @@ def denoiser_of(model: ModelPatcher, precision: str = "fp32") -> Denoiser:
             ", ".join(sorted({storage(weight) for weight in compressed})),
             precision,
         )
+    if precision == "int8":
+        store_in_eight_bits(unet)
     return Denoiser(unet, *schedule(model))
 
 

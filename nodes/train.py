@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from ..trainers.data import Example, PersonalData
 from ..trainers.denoiser import Denoiser
 from ..trainers.errors import InputError
 from ..trainers.loop import train
+from ..trainers.memory import forget
 from ..trainers.method import Method, by_size
 from ..trainers.monitor import over_fitting
 from ..trainers.report import History
@@ -34,6 +36,7 @@ from .bridge import choose_precision, denoiser_of, fingerprint
 from .evaluate import Evaluator, interruptible
 from .load import personalize, runs_root
 from .monitor import Material, Monitoring, stop_when_interrupted
+from .room import Room
 from .watch import Watch
 from .widgets import widget
 from .wires import CATEGORY, MonitorWire, PersonalDataWire, PersonalizedWire, at
@@ -173,6 +176,7 @@ class Session:
     over_fitting: dict[str, float] = dataclasses.field(default_factory=dict)  # see the monitor
     said: str = ""  # about an earlier run of that name
     earlier: History | None = None  # of a finished run, if that is what comes out
+    room: Room | None = None  # what it needs of the memory, since that is known
 
     def train(self) -> Personalization:
         """Train to the end and return what was learned, or the best of it.
@@ -194,7 +198,7 @@ class Session:
         """Train with the memory to itself, and leave it free."""
         device = comfy.model_management.get_torch_device()
         denoiser: Denoiser | None = None
-        with explained(self.method):
+        with explained(self):
             try:
                 material = self._material()
                 comfy.model_management.unload_all_models()
@@ -206,11 +210,26 @@ class Session:
                     torch.cuda.reset_peak_memory_stats(device)
                 trained, measured = (self.base.in_network_scale(d, denoiser) for d in material)
                 stop_when_interrupted()
+                self._make_room(denoiser, trained, device)
                 return self._train(denoiser.to(device), Material(trained, measured), found, inputs)
             finally:
                 if denoiser is not None:
-                    denoiser.to("meta")  # a traceback may hold the network, but not its weights
+                    forget(denoiser)  # a traceback may hold the network, but not its weights
                 comfy.model_management.soft_empty_cache()
+
+    def _make_room(self, denoiser: Denoiser, data: PersonalData, device: torch.device) -> None:
+        """See to it that training fits, and say so. Raises MemoryError when it can not."""
+        choice = self.method.settings.gradient_checkpointing
+        if choice == "on":
+            denoiser.unet.enable_gradient_checkpointing()
+        self.room = Room(self.method, denoiser, data, device)
+        if choice == "auto" and not self.room.enough:
+            denoiser.unet.enable_gradient_checkpointing()
+            self.room = Room(self.method, denoiser, data, device)
+        self._say(str(self.room))
+        logging.info("Personalize: %s", self.room)
+        if not self.room.enough:
+            raise MemoryError
 
     @property
     def model(self) -> ModelPatcher | None:
@@ -250,7 +269,7 @@ class Session:
                         if not going:
                             break
                     facts = self._facts(denoiser, material.trained)
-                    learned = watch.end(step, facts | peak_memory(denoiser.device))
+                    learned = watch.end(step, facts | self._memory(denoiser.device))
                 except BaseException as error:
                     cancel = isinstance(error, comfy.model_management.InterruptProcessingException)
                     watch.rescue(step, INTERRUPTED if cancel else FAILED)
@@ -327,6 +346,13 @@ class Session:
                 self.over_fitting = over_fitting(denoiser, data.training, data.held_out)
         return self.over_fitting
 
+    def _memory(self, device: torch.device) -> dict[str, int]:
+        """Return what was to be held at the peak, and what a GPU has held for tensors, in bytes."""
+        found = {"needed_memory": self.room.needed} if self.room is not None else {}
+        if device.type == "cuda":
+            found["peak_memory"] = torch.cuda.max_memory_allocated(device)
+        return found
+
     @property
     def losses(self) -> list[float]:
         """The loss of every step that had one."""
@@ -376,18 +402,18 @@ class Session:
 
 
 @contextmanager
-def explained(method: Method) -> Iterator[None]:
+def explained(session: Session) -> Iterator[None]:
     """Name the knobs when memory runs out inside."""
     try:
         yield
     except Exception as error:
         if not out_of_memory(error):
             raise
-        raise MemoryError(
-            "out of memory. Switch 'gradient_checkpointing' on, set 'precision' to bf16, lower "
-            f"'batch_size' (it is {method.settings.batch_size}) or train on smaller "
-            "pictures (the dataset's 'resolution')"
-        ) from error
+        if (room := session.room) is None:
+            raise MemoryError(
+                "out of memory before training began; close other programs"
+            ) from error
+        raise MemoryError(f"out of memory: {room}. {room.advice}") from error
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -414,11 +440,6 @@ def described_monitor(monitoring: Monitoring) -> dict[str, Any]:
         "prior_prompts": [prompt.text for prompt in monitoring.prior],
         "held_out": digest.hexdigest()[:16] if monitoring.held_out else None,
     }
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Return the most memory that a GPU has held for tensors since the session began."""
-    return {"peak_memory": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
 
 
 def in_network_scale(data: PersonalData, model: ModelPatcher, denoiser: Denoiser) -> PersonalData:

@@ -671,7 +671,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 def test_it_trains_over_a_half_precision_base():
-    method, denoiser = apt(steps=4, gradient_checkpointing=True), tiny_denoiser()
+    method, denoiser = apt(steps=4, gradient_checkpointing="on"), tiny_denoiser()
     denoiser.unet.to(torch.bfloat16)
     steps = run(method, denoiser)
     assert all(

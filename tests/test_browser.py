@@ -72,8 +72,7 @@ def overlap(a: list, b: list) -> bool:
     return ax < bx + bw and bx < ax + aw and ay < by + bh and by < ay + ah
 
 
-# what all weights of a large base need, and what the demo base needs
-ON_PURPOSE = {"save_every", "gradient_checkpointing"}
+ON_PURPOSE = {"save_every"}
 ON_PURPOSE_FOR_THE_DEMO_BASE = {"temperature", "pad"}
 
 

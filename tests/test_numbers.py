@@ -247,9 +247,10 @@ def test_out_of_memory_names_the_knobs_frees_everything_and_can_go_on(root, monk
     show(monkeypatch)
     whole = session("whole", steps=5).train()
     show(monkeypatch, fail)
-    knobs = r"(?s)gradient_checkpointing.*precision.*batch_size' \(it is 2\).*resolution"
-    with pytest.raises(MemoryError, match=knobs):
+    with pytest.raises(MemoryError, match="out of memory: training needs about ") as error:
         session(steps=5).train()
+    for knob in ("gradient_checkpointing", "precision", "batch_size", "resolution"):
+        assert f"'{knob}'" in str(error.value)
     assert all(p.is_meta for network in built for p in network.parameters())
     assert memory.current_loaded_models == []
     show(monkeypatch)

@@ -1,19 +1,18 @@
 """Selective BP/ZO: the choice, the estimator, the step and its memory, against slow references."""
 
 import dataclasses
-import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from personalize.trainers.denoiser import Denoiser
 from personalize.trainers.edits import to_tensors
 from personalize.trainers.errors import InputError
 from personalize.trainers.loop import adapt, draw_objectives
+from personalize.trainers.memory import LiveBytes
 from personalize.trainers.method import Draws, Objective
 from personalize.trainers.methods.lora import LoRA
 from personalize.trainers.methods.selective_zo import (
@@ -507,49 +506,6 @@ def test_a_run_tells_its_branches():
 
 
 # Memory
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follow the bytes of all tensors that come to life inside, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.known = set()
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        existing = {
-            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)
-        }
-        for tensor in tree_leaves(out):
-            if torch.is_tensor(tensor):
-                self._follow(tensor.untyped_storage(), existing)
-        return out
-
-    def _follow(self, storage, existing: set[int]) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known or key in existing:  # a view, or what was there before
-            return
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._end, key, size)
-
-    def _end(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-
-def test_live_bytes_are_counted():
-    with LiveBytes() as bytes_of:
-        a = torch.ones(1000)
-        b = a * 2
-        del a
-        c = b.view(10, 100) + 1
-        b.add_(1)
-        del b, c
-    assert (bytes_of.peak, bytes_of.live) == (8000, 0)
 
 
 def peak(branches: str, steps: int = 2, **settings) -> tuple[int, int]:

@@ -346,7 +346,7 @@ def test_the_same_seed_gives_the_same_file_and_another_seed_another():
 
 
 @pytest.mark.parametrize("mode", ["naive", "a3ft"])
-@pytest.mark.parametrize("how", [{"gradient_checkpointing": True}, {"ema_decay": 0.9}])
+@pytest.mark.parametrize("how", [{"gradient_checkpointing": "on"}, {"ema_decay": 0.9}])
 def test_settings_of_the_loop_work_here_too(mode, how):
     _, learned = trained(tiny_base(), mode=mode, **how)
     assert all(tensor.isfinite().all() for tensor in learned.tensors.values())

@@ -159,12 +159,12 @@ RECIPES = {
         "DreamBooth",
         "Every weight learns: the strongest way, the quickest to over-fit, and the one that takes "
         "most memory. Keep `learning_rate` small.",
-        {"steps": 800, "learning_rate": 5e-6, "gradient_checkpointing": True},
+        {"steps": 800, "learning_rate": 5e-6},
     ),
     "attention": Recipe(
         "Attention",
         "Only the attention blocks learn: calmer than moving every weight.",
-        {"steps": 800, "learning_rate": 1e-5, "gradient_checkpointing": True},
+        {"steps": 800, "learning_rate": 1e-5},
     ),
     "apt": Recipe(
         "APT",
@@ -182,7 +182,7 @@ RECIPES = {
         "A3FT",
         "A³FT trains the attention blocks and a small adapter that knows the noise level. "
         "`mode` compares it with training everything, or attention alone.",
-        {"steps": 800, "learning_rate": 1e-5, "gradient_checkpointing": True},
+        {"steps": 800, "learning_rate": 1e-5},
     ),
     "selective_zo": Recipe(
         "SelectiveZO",

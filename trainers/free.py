@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .edits import Difference, Edit
+from .errors import InputError
 
 
 class Free(nn.Module, BaseTunerLayer):
@@ -36,9 +37,16 @@ class Free(nn.Module, BaseTunerLayer):
 
 
 def set_free(unet: nn.Module, layers: Iterable[str]) -> None:
-    """Let the named layers' own weights learn."""
+    """Let the named layers' own weights learn. Raises InputError for weights in 8 bits."""
     for name in layers:
-        unet.set_submodule(name, Free(unet.get_submodule(name)))
+        layer = unet.get_submodule(name)
+        if not all(weight.is_floating_point() for weight in layer.parameters()):
+            raise InputError(
+                "precision",
+                "is 'int8', in which the base's own weights can not learn; choose bf16, or a "
+                "method that learns beside them, such as LoRA.",
+            )
+        unet.set_submodule(name, Free(layer))
 
 
 def differences(unet: nn.Module) -> dict[str, Edit]:

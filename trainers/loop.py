@@ -52,7 +52,7 @@ def train(
     settings = method.settings
     learner = Learner(method, denoiser)
     rate = learning_rates(settings, learner.optimizer)
-    if settings.gradient_checkpointing:
+    if settings.gradient_checkpointing == "on":
         denoiser.unet.enable_gradient_checkpointing()
     if state is not None:
         learner.load(state)
@@ -203,11 +203,12 @@ def adapt(method: Method, unet: UNet2DConditionModel) -> list[nn.Parameter]:
         # only the CPU's generator: torch.manual_seed would also set those of all GPUs
         torch.default_generator.manual_seed(generator(method.settings.seed, 0, 0).initial_seed())
         method.adapt(unet)
+    unet.to(unet.device)
     parameters = [p for p in unet.parameters() if p.requires_grad]
     if not parameters:
         raise InputError("layers", "leaves nothing to train in this base; choose other layers.")
     for parameter in parameters:
-        parameter.data = parameter.data.to(unet.device, torch.float32)
+        parameter.data = parameter.data.to(torch.float32)
     return parameters
 
 

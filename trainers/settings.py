@@ -120,9 +120,11 @@ class Settings:
         step=0.01,
         advanced=True,
     )
-    gradient_checkpointing: bool = knob(
-        False,
-        "Recompute activations instead of keeping them: much less memory, slower steps.",
+    gradient_checkpointing: str = knob(
+        "auto",
+        "Recompute activations instead of keeping them: much less memory, slower steps. auto: "
+        "where the run would not fit otherwise.",
+        choices=("auto", "on", "off"),
         advanced=True,
     )
     precision: str = knob(

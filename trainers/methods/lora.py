@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..edits import Edit, LowRank
+from ..eight_bits import precision_or_eight_bits
 from ..errors import InputError
 from ..method import Method
 from ..settings import Settings, knob
@@ -53,6 +54,7 @@ class LoRASettings(Settings):
         choices=tuple(INITS),
         advanced=True,
     )
+    precision: str = precision_or_eight_bits()
 
 
 class LoRA(Method):

@@ -16,9 +16,11 @@ import torch
 from peft import DeftConfig, inject_adapter_in_model
 from peft.tuners.deft.layer import DeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..edits import Edit, RankReduction
+from ..eight_bits import precision_or_eight_bits
 from ..method import Method
 from ..settings import Settings, knob
 from ..sites import PRESETS, narrowest, sites
@@ -56,6 +58,7 @@ class PaRaSettings(Settings):
         choices=tuple(PRESETS),
         advanced=True,
     )
+    precision: str = precision_or_eight_bits()
 
 
 class PaRa(Method):
@@ -81,7 +84,7 @@ class PaRa(Method):
                 unet.set_submodule(name, ReducedConv2d(layer, s.rank))
         if s.init == "bottom":
             for layer in reduced_layers(unet).values():
-                basis = bottom_directions(layer.get_base_layer().get_parameter("weight"), s.rank)
+                basis = bottom_directions(dequantize_module_weight(layer.get_base_layer()), s.rank)
                 layer.deft_P["default"].data.copy_(basis)
 
     def learned(self, unet: nn.Module) -> dict[str, Edit]:

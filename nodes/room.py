@@ -1,0 +1,66 @@
+"""Whether a training fits into memory, said before it begins, with what would make it fit."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import comfy.model_management
+import torch
+
+from ..trainers.data import PersonalData
+from ..trainers.denoiser import Denoiser
+from ..trainers.memory import needed, remedies
+from ..trainers.method import Method
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a training needs of a device's memory, and what there is.
+
+    denoiser: as it will be trained, still on the CPU.
+    """
+
+    method: Method
+    denoiser: Denoiser
+    data: PersonalData
+    device: torch.device
+
+    @cached_property
+    def needed(self) -> int:
+        """Bytes at the peak, the network's own among them."""
+        return needed(self.method, self.denoiser, self.data)
+
+    @cached_property
+    def free(self) -> int:
+        """Bytes that training can have; on the CPU the network is there already."""
+        there = sum(p.nbytes for p in self.denoiser.parameters()) if self.on_cpu else 0
+        return int(comfy.model_management.get_free_memory(self.device)) + there
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def enough(self) -> bool:
+        return self.needed <= self.free
+
+    def __str__(self) -> str:
+        how = " with gradient checkpointing" if self.denoiser.unet.is_gradient_checkpointing else ""
+        return (
+            f"training needs about {gib(self.needed)} at its peak{how}; of the "
+            f"{'memory' if self.on_cpu else 'GPU memory'}, {gib(self.free)} are free"
+        )
+
+    @cached_property
+    def advice(self) -> str:
+        """Say what would need less, and how much it would need then."""
+        found = remedies(self.method, self.denoiser, self.data)
+        helpful = {change: size for change, size in found.items() if size < 0.98 * self.needed}
+        listed = "; ".join(f"{change}: {gib(size)}" for change, size in helpful.items())
+        return f"What needs less: {listed}" if helpful else "Train on fewer 'layers'"
+
+
+def gib(size: int) -> str:
+    """Format bytes."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 2 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,224 @@
+"""How much memory a run needs, known before: its steps are made on tensors without numbers.
+
+Ours. Loop, method and optimiser are the very ones; only the numbers are missing, so that a step at
+the size of SD 1.5 takes a second and no memory. Tensors are counted; what a GPU's libraries take
+for themselves (some 0.5 GiB) comes on top.
+"""
+
+import weakref
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .data import Batch, PersonalData
+from .denoiser import Denoiser
+from .eight_bits import eight_bit_layers
+from .loop import Learner, draw_objectives
+from .method import Method, Objective
+
+LOOKED_AT = 8  # steps that are drawn to find every kind: sizes of pictures, ways to move
+aten = torch.ops.aten
+
+
+def needed(method: Method, denoiser: Denoiser, data: PersonalData, halved: bool = False) -> int:
+    """Return the bytes that training holds at its peak, the network's own among them.
+
+    denoiser: as it will be trained: its precision, and whether it checkpoints; left as it is.
+    halved: with pictures of half the side. Raises InputError as training would.
+    """
+    settings = method.settings
+    if settings.optimizer == "adamw-8bit":  # has no step without numbers; this needs more
+        settings = replace(settings, optimizer="adamw")
+    method = type(method)(settings)
+    with Rehearsal() as rehearsal:
+        twin = without_numbers(denoiser)
+        rehearsal.follow([*twin.parameters(), *twin.buffers()])
+        learner = Learner(method, twin)
+        steps = kinds_of_step(method, twin, replace(data, encode=Blank(data)))
+        if halved:
+            steps = [[replace(o, batch=half_size(o.batch)) for o in step] for step in steps]
+        for round in (1, 2):  # the optimiser has its state from the second on
+            for objectives in steps:
+                learner.advance(round, objectives, settings.learning_rate)
+    return rehearsal.peak - spared(denoiser)
+
+
+def remedies(method: Method, denoiser: Denoiser, data: PersonalData) -> dict[str, int]:
+    """Return what can be changed for less memory, and the peak with it in bytes; best first."""
+    settings, found = method.settings, {}
+    lean = without_numbers(denoiser)
+    lean.unet.enable_gradient_checkpointing()
+    if not denoiser.unet.is_gradient_checkpointing:
+        found["'gradient_checkpointing' on"] = needed(method, lean, data)
+    if denoiser.dtype is torch.float32:
+        small = without_numbers(denoiser, torch.bfloat16)
+        found["'precision' bf16"] = needed(method, small, data)
+    if settings.batch_size > 1:
+        parts = settings.gradient_accumulation * settings.batch_size
+        single = type(method)(replace(settings, batch_size=1, gradient_accumulation=parts))
+        found[f"'batch_size' 1 and 'gradient_accumulation' {parts}"] = needed(
+            single, denoiser, data
+        )
+    if all(side % (2 * denoiser.size_multiple) == 0 for side in data.training[0].latent.shape[1:]):
+        found["pictures of half the side ('resolution')"] = needed(method, denoiser, data, True)
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def kinds_of_step(method: Method, denoiser: Denoiser, data: PersonalData) -> list[list[Objective]]:
+    """Draw the first steps of a run; return those that differ in kind or in size."""
+    kinds = {}
+    for index in range(min(LOOKED_AT, method.settings.steps)):
+        objectives = list(draw_objectives(method, denoiser, data, index))
+        kinds.setdefault(tuple(o.batch.latents.shape for o in objectives), objectives)
+    return list(kinds.values())
+
+
+def half_size(batch: Batch) -> Batch:
+    """Return a batch with pictures of half the side."""
+    pictures = {name: x for name, x in vars(batch).items() if torch.is_tensor(x) and x.ndim == 4}
+    return replace(batch, **{name: x[..., ::2, ::2] for name, x in pictures.items()})
+
+
+def without_numbers(denoiser: Denoiser, dtype: torch.dtype | None = None) -> Denoiser:
+    """Copy a denoiser onto the meta device, in another precision if wanted."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        bare = torch.empty_like(tensor, device="meta", dtype=dtype or tensor.dtype)
+        return nn.Parameter(bare, False) if isinstance(tensor, nn.Parameter) else bare
+
+    tensors = [*denoiser.parameters(), *denoiser.buffers()]
+    twin = deepcopy(denoiser, {id(tensor): empty(tensor) for tensor in tensors})
+    in_one_precision(twin)
+    for module in twin.modules():
+        if isinstance(module, Attention):
+            module.set_processor(Rehearsed())
+    return twin
+
+
+def forget(denoiser: Denoiser) -> None:
+    """Let go of all weights, in place; their shapes stay."""
+    in_one_precision(denoiser)
+    denoiser.to("meta")
+
+
+def in_one_precision(denoiser: Denoiser) -> None:
+    """Put layers without numbers in the place of those in 8 bits."""
+    for name, layer in eight_bit_layers(denoiser.unet).items():
+        shape = layer.in_features, layer.out_features
+        plain = nn.Linear(*shape, layer.bias is not None, device="meta", dtype=denoiser.dtype)
+        denoiser.unet.set_submodule(name, plain.requires_grad_(False))
+
+
+def spared(denoiser: Denoiser) -> int:
+    """Return the bytes by which weights in 8 bits are smaller than in the network's precision."""
+    weights = [layer.weight for layer in eight_bit_layers(denoiser.unet).values()]
+    return sum((denoiser.dtype.itemsize - 1) * w.numel() - 4 * len(w) for w in weights)
+
+
+class Blank:
+    """A VAE's encode() that only knows the size of its answer."""
+
+    def __init__(self, data: PersonalData):
+        self.latent = data.training[0].latent
+        self.scale = data.training[0].pixels.shape[-1] // self.latent.shape[-1]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        height, width = (side // self.scale for side in pixels.shape[2:])
+        return self.latent.new_zeros(len(pixels), len(self.latent), height, width)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follow the bytes of all tensors that come to life inside on a device, and their peak."""
+
+    def __init__(self, device: str = "cpu"):
+        super().__init__()
+        self.device = device
+        self.known: set[int] = set()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        before = {
+            tensor.untyped_storage()._cdata
+            for tensor in tree_leaves((args, kwargs))
+            if torch.is_tensor(tensor)
+        }
+        self.follow(tree_leaves(out), before)
+        return out
+
+    def follow(self, tensors: Sequence[Any], before: set[int] | None = None) -> None:
+        """Count what tensors hold, but for storages that were there before, until it is freed."""
+        for tensor in tensors:
+            if not torch.is_tensor(tensor) or tensor.device.type != self.device:
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self.known or key in (before or ()):  # a view
+                continue
+            self.known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._end, key, size)
+
+    def _end(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+class Rehearsal(LiveBytes):
+    """Count bytes on the meta device, and answer what is asked of numbers that are not there.
+
+    A number is 1, a mask selects everything, and a copy on the CPU is zeros.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("meta")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        asked = args[0] if args and torch.is_tensor(args[0]) and args[0].is_meta else None
+        if asked is None:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if func is aten._local_scalar_dense.default:
+            return torch.ones((), dtype=asked.dtype).item()
+        if func is aten._to_copy.default and str((kwargs or {}).get("device")) == "cpu":
+            return torch.zeros(asked.shape, dtype=kwargs.get("dtype") or asked.dtype)
+        if func is aten.index.Tensor and any(
+            i.dtype is torch.bool for i in args[1] if i is not None
+        ):
+            func, args = aten.clone.default, args[:1]
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Rehearsed(AttnProcessor2_0):
+    """Attention as ever, in the memory that it needs on a CPU or GPU.
+
+    Without numbers torch takes the plain way, which holds a map of every query and key.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        with WithoutMaps():
+            return super().__call__(*args, **kwargs)
+
+
+class WithoutMaps(TorchFunctionMode):
+    """Compute attention as fused kernels do, which keep one number per query for the way back."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+        return func(*args, **(kwargs or {}))
