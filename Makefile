@@ -16,8 +16,8 @@ env:  ## prepare the environment outside the checkout; prints its python
 lint:  ## ruff format --check, ruff check, pyright
 	@$(call ENV) && $(LINT)
 
-test:  ## lint and all tests, against a real ComfyUI and a browser
-	@$(call ENV,--browser) && $(LINT) && "$$python" -m pytest -q --durations=15
+test:  ## lint and all tests, against a real ComfyUI and a browser, on two cores
+	@$(call ENV,--browser) && $(LINT) && "$$python" -m pytest -q -n 2 --dist loadfile --durations=15
 
 test-fast:  ## the tests that are not slow and need no server and no browser
 	@$(call ENV) && "$$python" -m pytest -q -m "not slow and not server and not browser"
