@@ -336,6 +336,7 @@ class Point:
 
     def __init__(self, parameters: list[nn.Parameter], copy: bool):
         self.parameters = parameters
+        self._theta: list[Tensor] = [*parameters]
         self.origin = [p.detach().clone() for p in parameters] if copy else None
         self._last: tuple[Directions, list[Tensor]] | None = None  # a direction, and its z
 
@@ -343,7 +344,7 @@ class Point:
         """Add length * z."""
         if self._last is None or self._last[0] is not direction:
             self._last = direction, list(direction)  # a step moves three times along one
-        torch._foreach_add_(self.parameters, self._last[1], alpha=length)
+        torch._foreach_add_(self._theta, self._last[1], alpha=length)
 
     def look(self, loss: Loss, direction: Directions, length: float) -> Tensor:
         """Return loss() at theta + length * z; theta is back afterwards."""
@@ -352,7 +353,7 @@ class Point:
         if self.origin is None:
             self.move(direction, -length)
         else:
-            torch._foreach_copy_(self.parameters, self.origin)
+            torch._foreach_copy_(self._theta, self.origin)
         return value
 
 
