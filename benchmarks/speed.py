@@ -87,8 +87,9 @@ PACKAGES = ("torch", "diffusers", "peft", "accelerate")
 
 def contestants() -> "dict[str, Callable[[Base], Contestant]]":
     """Return what makes each contestant, by name."""
-    from .contestants import Bare, Diffusers, Forward, Ours, Stock
+    from .contestants import Forward, Ours
     from .costs import Apply, Evaluate, Picture
+    from .rivals import Bare, Diffusers, Stock
 
     return {
         "lora": partial(Ours, method="lora"),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -35,7 +36,8 @@ class Room:
     def free(self) -> int:
         """Bytes that training can have; on the CPU the network is there already."""
         there = sum(p.nbytes for p in self.denoiser.parameters()) if self.on_cpu else 0
-        return int(comfy.model_management.get_free_memory(self.device)) + there
+        free: Any = comfy.model_management.get_free_memory(self.device)
+        return int(free) + there
 
     @property
     def on_cpu(self) -> bool:

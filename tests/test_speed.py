@@ -9,8 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks import speed
-from benchmarks.contestants import Bare, Base, Diffusers, Forward, Ours, Plan, Stock
+from benchmarks.contestants import Base, Forward, Ours, Plan
 from benchmarks.pairs import interleaved, ratio_of
+from benchmarks.rivals import Bare, Diffusers, Stock
 from benchmarks.speed import COSTS, MORE, RATIOS, TARGETS, Measured, contestants, report, table
 from benchmarks.stock import GEOMETRIES, Geometry, silent
 from personalize.nodes.bridge import twin_config

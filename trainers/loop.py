@@ -203,7 +203,7 @@ def adapt(method: Method, unet: UNet2DConditionModel) -> list[nn.Parameter]:
         # only the CPU's generator: torch.manual_seed would also set those of all GPUs
         torch.default_generator.manual_seed(generator(method.settings.seed, 0, 0).initial_seed())
         method.adapt(unet)
-    unet.to(unet.device)
+    nn.Module.to(unet, unet.device)  # diffusers has its own, which warns
     parameters = [p for p in unet.parameters() if p.requires_grad]
     if not parameters:
         raise InputError("layers", "leaves nothing to train in this base; choose other layers.")

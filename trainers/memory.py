@@ -100,7 +100,7 @@ def without_numbers(denoiser: Denoiser, dtype: torch.dtype | None = None) -> Den
     in_one_precision(twin)
     for module in twin.modules():
         if isinstance(module, Attention):
-            module.set_processor(Rehearsed())
+            module.set_processor(Rehearsed())  # pyright: ignore[reportArgumentType]
     return twin
 
 
