@@ -135,11 +135,23 @@ def load_base(path: Path) -> tuple[Any, Any, Any]:
         int(facts["table_seed"]),
         float(facts["table_std"]),
     )
+    model = build_model(unet_config, part(tensors, "unet."))
+    # what ComfyUI asks for a copy that shares nothing, as its Train LoRA does
+    model.cached_patcher_init = (load_model, (path,))
     return (
-        build_model(unet_config, part(tensors, "unet.")),
+        model,
         build_clip(text_config, part(tensors, "text."), table),
         comfy.sd.VAE(sd=part(tensors, "vae.")),
     )
+
+
+def load_model(path: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Build the MODEL anew; a dynamic one holds its weights as ComfyUI pleases."""
+    model, _, _ = load_base(path)
+    if disable_dynamic and model.is_dynamic():
+        devices = {"load_device": model.load_device, "offload_device": model.offload_device}
+        return comfy.model_patcher.ModelPatcher(model.model, **devices)
+    return model
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -485,3 +485,15 @@ def test_the_checkpoint_is_really_random(bench):
     """Guard the bench: nothing here was downloaded, and it is as small as the loader accepts."""
     path = bench.server.base / "models" / "checkpoints" / CHECKPOINT
     assert 200e6 < path.stat().st_size < 320e6
+
+
+def test_stock_train_lora_trains_the_demo_base(bench):
+    """It trains on a copy that shares nothing, which the MODEL's maker has to give."""
+    graph = Graph()
+    base, drawn = graph.add("PersonalizeDemoBase"), graph.add("PersonalizeDemoSubject", count=1)
+    latents = graph.add("VAEEncode", pixels=(drawn, 0), vae=(base, 2))
+    text = graph.add("CLIPTextEncode", clip=(base, 1), text="a zib totem")
+    same = {"model": (base, 0), "latents": (latents, 0), "positive": (text, 0)}
+    stock_node = graph.add("TrainLoraNode", **same, steps=3, rank=2, training_dtype="fp32")
+    graph.add("LossGraphNode", loss=(stock_node, 1), filename_prefix="stock")
+    assert bench.run(graph)
