@@ -63,7 +63,7 @@ HOSTILE = [
 ]
 TEXTS = {  # inputs that are shown or encoded, and name no file
     *("instance_prompt", "captions", "class_prompt", "prompts", "prior_prompts"),
-    *("held_out_caption", "subject_name"),
+    *("held_out_caption", "subject_name", "caption_templates"),
 }
 LISTED = {"run", "checkpoint", "folder", "base"}  # combos whose options are files
 NAMES = {  # every input that names a file or a folder
