@@ -16,7 +16,10 @@ def servers():
         yield started
 
 
-@pytest.mark.parametrize(("method", "seeds"), [("lora", (0, 1, 2)), ("para", (0,))])
+PARA = pytest.param("para", (0, 1, 2), marks=pytest.mark.stress)
+
+
+@pytest.mark.parametrize(("method", "seeds"), [("lora", (0, 1, 2)), PARA])
 def test_the_personalised_model_beats_the_base(servers, method, seeds, record_property):
     cells = list(measure(servers, [method], SUBJECTS, seeds, steps=100))
     for cell in cells:

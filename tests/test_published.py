@@ -6,12 +6,14 @@ from headless import Comfy, ComfyServer, Graph, fill_defaults
 from tests.published import ROOT, published_files
 from tests.waiting import PATIENCE
 
+LISTS = {"run", "checkpoint", "folder", "base"}  # inputs whose choices are the files there are
+
 
 def without_lists(node: dict) -> dict:
     """Return a node's description without what lists the files that are there."""
     groups = node["input"].values()
     inputs = {name: given for group in groups for name, given in group.items()}
-    kept = {n: given for n, given in inputs.items() if n not in ("run", "checkpoint", "folder")}
+    kept = {n: given for n, given in inputs.items() if n not in LISTS}
     return node | {"input": kept}
 
 
