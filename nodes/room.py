@@ -60,7 +60,7 @@ class Room:
         found = remedies(self.method, self.denoiser, self.data)
         helpful = {change: size for change, size in found.items() if size < 0.98 * self.needed}
         listed = "; ".join(f"{change}: {gib(size)}" for change, size in helpful.items())
-        return f"What needs less: {listed}" if helpful else "Train on fewer 'layers'"
+        return f"What needs less: {listed}" if helpful else "Train on smaller pictures"
 
 
 def gib(size: int) -> str:

@@ -202,6 +202,13 @@ def test_every_remedy_needs_less_as_it_says():
     assert found["'precision' bf16"] == needed(method, half, data)
 
 
+@pytest.mark.parametrize("name", ["dreambooth", "attention"])
+def test_who_trains_the_bases_own_weights_is_told_of_lora(name):
+    found = remedies(make(METHODS[name]), tiny_denoiser(), tiny_data())
+    assert found["Train LoRA instead"] < needed(make(METHODS[name]), tiny_denoiser(), tiny_data())
+    assert "Train LoRA instead" not in remedies(make(METHODS["bnn"]), tiny_denoiser(), tiny_data())
+
+
 # In 8 bits
 
 OVER_THE_BASE = [

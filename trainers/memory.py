@@ -8,7 +8,7 @@ for themselves (some 0.5 GiB) comes on top.
 import weakref
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from .denoiser import Denoiser
 from .eight_bits import eight_bit_layers
 from .loop import Learner, draw_objectives
 from .method import Method, Objective
+from .methods.dreambooth import DreamBooth
+from .methods.lora import LoRA, LoRASettings
+from .settings import Settings
 
 LOOKED_AT = 8  # steps that are drawn to find every kind: sizes of pictures, ways to move
 aten = torch.ops.aten
@@ -46,18 +49,18 @@ def needed(method: Method, denoiser: Denoiser, data: PersonalData, halved: bool 
         steps = kinds_of_step(method, twin, replace(data, encode=Blank(data)))
         if halved:
             steps = [[replace(o, batch=half_size(o.batch)) for o in step] for step in steps]
-        for round in (1, 2):  # the optimiser has its state from the second on
+        for number in (1, 2):  # the optimiser has its state from the second on
             for objectives in steps:
-                learner.advance(round, objectives, settings.learning_rate)
+                learner.advance(number, objectives, settings.learning_rate)
     return rehearsal.peak - spared(denoiser)
 
 
 def remedies(method: Method, denoiser: Denoiser, data: PersonalData) -> dict[str, int]:
     """Return what can be changed for less memory, and the peak with it in bytes; best first."""
     settings, found = method.settings, {}
-    lean = without_numbers(denoiser)
-    lean.unet.enable_gradient_checkpointing()
     if not denoiser.unet.is_gradient_checkpointing:
+        lean = without_numbers(denoiser)
+        lean.unet.enable_gradient_checkpointing()
         found["'gradient_checkpointing' on"] = needed(method, lean, data)
     if denoiser.dtype is torch.float32:
         small = without_numbers(denoiser, torch.bfloat16)
@@ -70,6 +73,9 @@ def remedies(method: Method, denoiser: Denoiser, data: PersonalData) -> dict[str
         )
     if all(side % (2 * denoiser.size_multiple) == 0 for side in data.training[0].latent.shape[1:]):
         found["pictures of half the side ('resolution')"] = needed(method, denoiser, data, True)
+    if isinstance(method, DreamBooth):
+        common = {field.name: getattr(settings, field.name) for field in fields(Settings)}
+        found["Train LoRA instead"] = needed(LoRA(LoRASettings(**common)), denoiser, data)
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
