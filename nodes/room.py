@@ -1,11 +1,12 @@
 """Whether a training fits into memory, said before it begins, with what would make it fit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import comfy.model_management
 import torch
+from torch import Tensor
 
 from ..trainers.data import PersonalData
 from ..trainers.denoiser import Denoiser
@@ -47,6 +48,17 @@ class Room:
     def enough(self) -> bool:
         return self.needed <= self.free
 
+    def kept(self, data: PersonalData) -> PersonalData:
+        """Return data that encodes while training without leaving a VAE where it needs the room."""
+
+        def encode(pixels: Tensor) -> Tensor:
+            latents = data.encode(pixels)
+            if loaded_by_comfyui(self.device) > self.free - self.needed:
+                comfy.model_management.unload_all_models()
+            return latents
+
+        return replace(data, encode=encode)
+
     def __str__(self) -> str:
         how = " with gradient checkpointing" if self.denoiser.unet.is_gradient_checkpointing else ""
         return (
@@ -61,6 +73,12 @@ class Room:
         helpful = {change: size for change, size in found.items() if size < 0.98 * self.needed}
         listed = "; ".join(f"{change}: {gib(size)}" for change, size in helpful.items())
         return f"What needs less: {listed}" if helpful else "Train on smaller pictures"
+
+
+def loaded_by_comfyui(device: torch.device) -> int:
+    """Return the bytes of the models that ComfyUI holds on a device."""
+    loaded = comfy.model_management.loaded_models()
+    return sum(m.loaded_size() for m in loaded if m is not None and m.load_device == device)
 
 
 def gib(size: int) -> str:

@@ -210,14 +210,15 @@ class Session:
                     torch.cuda.reset_peak_memory_stats(device)
                 trained, measured = (self.base.in_network_scale(d, denoiser) for d in material)
                 stop_when_interrupted()
-                self._make_room(denoiser, trained, device)
-                return self._train(denoiser.to(device), Material(trained, measured), found, inputs)
+                room = self._make_room(denoiser, trained, device)
+                material = Material(room.kept(trained), measured)
+                return self._train(denoiser.to(device), material, found, inputs)
             finally:
                 if denoiser is not None:
                     forget(denoiser)  # a traceback may hold the network, but not its weights
                 comfy.model_management.soft_empty_cache()
 
-    def _make_room(self, denoiser: Denoiser, data: PersonalData, device: torch.device) -> None:
+    def _make_room(self, denoiser: Denoiser, data: PersonalData, device: torch.device) -> Room:
         """See to it that training fits, and say so. Raises MemoryError when it can not."""
         choice = self.method.settings.gradient_checkpointing
         if choice == "on":
@@ -230,6 +231,7 @@ class Session:
         logging.info("Personalize: %s", self.room)
         if not self.room.enough:
             raise MemoryError
+        return self.room
 
     @property
     def model(self) -> ModelPatcher | None:

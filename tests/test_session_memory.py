@@ -1,5 +1,6 @@
 """However a training ends, its network is gone and no MODEL stays loaded."""
 
+import dataclasses
 import weakref
 
 import comfy.model_management as memory
@@ -8,11 +9,12 @@ import torch
 
 from personalize.nodes import load
 from personalize.nodes import train as node
+from personalize.nodes.room import Room
 from personalize.trainers.loop import Learner
 from personalize.trainers.methods import METHODS
 from tests.sessions import session, show
 from tests.test_load import train_on
-from tests.tiny import comfy_model, comfy_output, question, same, snapshot
+from tests.tiny import comfy_model, comfy_output, make, question, same, snapshot, tiny_data
 
 
 @pytest.fixture
@@ -110,3 +112,20 @@ def test_after_a_training_that_went_well(networks, loaded_base, monkeypatch):
     learned = session(model=loaded_base, steps=2).train()
     assert_gone(networks)
     assert not any(tensor.is_meta for tensor in learned.tensors.values())
+
+
+@pytest.mark.parametrize("room", (0.5, 2.0))
+def test_a_vae_stays_between_steps_only_where_there_is_room(networks, loaded_base, room):
+    free, vae = 10**9, comfy_model(seed=5)
+
+    def encode(pixels):
+        memory.load_models_gpu([vae])  # as ComfyUI's VAE does
+        return pixels
+
+    data = dataclasses.replace(tiny_data(), encode=encode)
+    device = memory.get_torch_device()
+    found = Room(make(METHODS["apt"]), node.denoiser_of(loaded_base, "fp32"), data, device)
+    of_all = vae.model_size() + loaded_base.model_size()
+    vars(found).update(free=free, needed=free - int(room * of_all))
+    found.kept(data).encode(torch.zeros(1))
+    assert (vae in memory.loaded_models()) == (room > 1)
