@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from personalize.nodes.data import Request, prepare
+from personalize.nodes.data import prepare
 from personalize.nodes.demo import BASE, load_base
 from personalize.nodes.load import add_edits
+from personalize.nodes.request import Request
 from personalize.trainers.loop import adapt
 from personalize.trainers.methods import METHODS
 from personalize.trainers.monitor import Examination

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..trainers.data import PersonalData
 from ..trainers.errors import InputError
 from ..trainers.subjects import join, summary
-from .data import check_lengths
+from .request import check_lengths
 from .wires import CATEGORY, PersonalDataWire, at
 
 MOST = 16  # inputs

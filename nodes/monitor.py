@@ -20,7 +20,9 @@ from ..trainers.errors import InputError
 from ..trainers.method import generator
 from ..trainers.settings import knob
 from ..trainers.verdict import Rules
-from .data import encode_text, fitted_to, opaque, origin_of, unpack
+from .data import encode_text
+from .fit import fitted_to, opaque, origin_of
+from .request import unpack
 from .widgets import widget
 from .wires import CATEGORY, MonitorWire, at
 

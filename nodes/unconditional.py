@@ -24,9 +24,11 @@ from ..trainers.unconditional import (
     pixel_data,
     sample,
 )
-from .data import FITS, fitted, opaque, unpack
+from .fit import FITS, fitted, opaque
 from .load import STRENGTH, Load, report, runs_root
-from .train import LEARNED, MONITOR, NAME, Place, Session, described
+from .request import unpack
+from .session import Place, Session
+from .train import LEARNED, MONITOR, NAME, described
 from .widgets import widget
 from .wires import CATEGORY, PersonalizedWire, PixelDataWire, UnconditionalWire, at
 

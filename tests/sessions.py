@@ -7,7 +7,8 @@ import comfy.model_management as memory
 import torch
 import torch.nn.functional as F
 
-from personalize.nodes import train as node
+from personalize.nodes import session as node
+from personalize.nodes.base import ModelBase
 from personalize.nodes.monitor import Monitoring, MonitorSettings, Prompt
 from personalize.trainers.artifact import Personalization
 from personalize.trainers.data import PersonalData
@@ -66,7 +67,7 @@ def session(
 ) -> node.Session:
     """Make a session of a tiny base."""
     chosen = make(METHODS[method], **{"steps": 8, "precision": "fp32", **settings})
-    base = node.ModelBase(comfy_model() if model is None else model)
+    base = ModelBase(comfy_model() if model is None else model)
     data = data or tiny_data(3, held_out=2)
     return node.Session(chosen, base, data, name, node.Place("1"), monitor)
 

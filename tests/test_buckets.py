@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from personalize.nodes import bridge
-from personalize.nodes import data as dataset
-from personalize.nodes.data import BUCKETS, bucket_of, buckets, fitted_to, origin_of
+from personalize.nodes.base import in_network_scale
+from personalize.nodes.fit import BUCKETS, FITS, bucket_of, buckets, fitted_to, origin_of
 from personalize.nodes.monitor import Monitoring, MonitorSettings, leave_one_out
-from personalize.nodes.train import in_network_scale
 from personalize.trainers.copies import nearest
 from personalize.trainers.edits import to_tensors
 from personalize.trainers.errors import InputError
@@ -368,5 +367,5 @@ def test_every_picture_is_brought_to_the_scale_of_the_network():
 
 def test_pixel_datasets_have_no_buckets(vae):  # noqa: F811
     """A base in pixel space takes one size only."""
-    assert BUCKETS not in dataset.FITS
+    assert BUCKETS not in FITS
     assert SIDE % 8 == 0 and "multiple of 8" in refusal(vae, resolution=100, fit="buckets")

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from personalize.demo.base_model import TEXT_CONFIG, TinyVAE
-from personalize.nodes import data as dataset
-from personalize.nodes.data import Dataset, fitted, opaque, unpack
+from personalize.nodes.data import Dataset
 from personalize.nodes.demo import build_clip
+from personalize.nodes.fit import fitted, opaque
+from personalize.nodes.request import unpack
 from personalize.trainers.errors import InputError
 from tests.tiny import noise
 
@@ -367,5 +368,5 @@ def test_nothing_is_encoded_before_everything_was_checked():
 
 def test_errors_name_the_input():
     with pytest.raises(InputError) as error:
-        dataset.unpack("images", [])
+        unpack("images", [])
     assert error.value.input_name == "images"

@@ -22,8 +22,9 @@ from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
 from diffusers import UNet2DConditionModel
 
 from personalize.nodes import bridge, load
-from personalize.nodes.data import Request, encode_text, prepare
+from personalize.nodes.data import encode_text, prepare
 from personalize.nodes.monitor import Monitoring, MonitorSettings, Prompt
+from personalize.nodes.request import Request
 from personalize.trainers.artifact import Header, Personalization
 from personalize.trainers.data import Origin
 from personalize.trainers.errors import InputError
@@ -543,7 +544,7 @@ def test_an_sdxl_that_samples_by_edm_is_refused():
 
 
 def test_data_without_the_pooled_text_is_refused():
-    from personalize.nodes.train import in_network_scale
+    from personalize.nodes.base import in_network_scale
 
     model = of_family("SDXL")
     with pytest.raises(InputError, match="CLIP and VAE of the same checkpoint"):

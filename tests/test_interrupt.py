@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from personalize.nodes import monitor
-from personalize.nodes import train as node
+from personalize.nodes import session as node
 from personalize.nodes.data import encode_pixels
 from personalize.trainers.monitor import Probe
 from personalize.trainers.run import Run

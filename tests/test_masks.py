@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from personalize.nodes.data import fitted_mask
+from personalize.nodes.fit import fitted_mask
 from personalize.trainers.data import evened
 from personalize.trainers.edits import to_tensors
 from personalize.trainers.loop import adapt, draw_objectives

@@ -11,7 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks.servers import peak_memory, reset_peak_memory
-from personalize.nodes import room, train
+from personalize.nodes import room
+from personalize.nodes import session as node
 from personalize.trainers.denoiser import Denoiser
 from personalize.trainers.eight_bits import eight_bit_layers
 from personalize.trainers.errors import InputError
@@ -148,7 +149,7 @@ def estimates(**settings) -> tuple[int, int]:
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "runs_root", lambda: tmp_path)
+    monkeypatch.setattr(node, "runs_root", lambda: tmp_path)
     return tmp_path
 
 

@@ -7,7 +7,8 @@ import comfy.model_management as memory
 import pytest
 import torch
 
-from personalize.nodes import train as node
+from personalize.nodes import base
+from personalize.nodes import session as node
 from personalize.trainers.edits import to_tensors
 from personalize.trainers.health import EXPLODED, MOST_IN_A_ROW, explosion
 from personalize.trainers.loop import train
@@ -242,8 +243,8 @@ def test_out_of_memory_names_the_knobs_frees_everything_and_can_go_on(root, monk
                 allocate_too_much()
             raise memory.OOM_EXCEPTION("CUDA out of memory")
 
-    built, build = [], node.denoiser_of
-    monkeypatch.setattr(node, "denoiser_of", lambda *a: built.append(build(*a)) or built[-1])
+    built, build = [], base.denoiser_of
+    monkeypatch.setattr(base, "denoiser_of", lambda *a: built.append(build(*a)) or built[-1])
     show(monkeypatch)
     whole = session("whole", steps=5).train()
     show(monkeypatch, fail)

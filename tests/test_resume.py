@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from personalize.nodes import train as node
+from personalize.nodes import session as node
 from personalize.trainers.edits import to_tensors
 from personalize.trainers.errors import InputError
 from personalize.trainers.loop import Step, train

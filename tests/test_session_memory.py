@@ -7,8 +7,8 @@ import comfy.model_management as memory
 import pytest
 import torch
 
-from personalize.nodes import load
-from personalize.nodes import train as node
+from personalize.nodes import base, load
+from personalize.nodes import session as node
 from personalize.nodes.room import Room
 from personalize.trainers.loop import Learner
 from personalize.trainers.methods import METHODS
@@ -21,13 +21,13 @@ from tests.tiny import comfy_model, comfy_output, make, question, same, snapshot
 def networks(monkeypatch, tmp_path):
     """Every network that a session builds."""
     built = []
-    denoiser_of = node.denoiser_of
+    denoiser_of = base.denoiser_of
 
     def noted(*arguments):
         built.append(denoiser_of(*arguments))
         return built[-1]
 
-    monkeypatch.setattr(node, "denoiser_of", noted)
+    monkeypatch.setattr(base, "denoiser_of", noted)
     monkeypatch.setattr(node, "runs_root", lambda: tmp_path)
     return built
 
@@ -124,7 +124,7 @@ def test_a_vae_stays_between_steps_only_where_there_is_room(networks, loaded_bas
 
     data = dataclasses.replace(tiny_data(), encode=encode)
     device = memory.get_torch_device()
-    found = Room(make(METHODS["apt"]), node.denoiser_of(loaded_base, "fp32"), data, device)
+    found = Room(make(METHODS["apt"]), base.denoiser_of(loaded_base, "fp32"), data, device)
     of_all = vae.model_size() + loaded_base.model_size()
     vars(found).update(free=free, needed=free - int(room * of_all))
     found.kept(data).encode(torch.zeros(1))

@@ -39,14 +39,14 @@ class Probe(io.ComfyNode):
     @classmethod
     @torch.inference_mode(False)
     def execute(cls, model, data, method) -> io.NodeOutput:
-        bridge, load, session = part("nodes.bridge"), part("nodes.load"), part("nodes.train")
+        base, bridge, load = part("nodes.base"), part("nodes.bridge"), part("nodes.load")
         artifact, loop = part("trainers.artifact"), part("trainers.loop")
         method = part("trainers.methods").METHODS[method]
         wanted = {"steps": 3, "learning_rate": 1e-2, "layers": "all"}
         known = {field.name for field in fields(method.Settings)}
         settings = method.Settings(**{n: v for n, v in wanted.items() if n in known})
         denoiser = bridge.denoiser_of(model)
-        scaled = session.in_network_scale(data, model, denoiser)
+        scaled = base.in_network_scale(data, model, denoiser)
         step = list(loop.train(method(settings), denoiser, scaled))[-1]
         header = artifact.Header(
             method=method.name,
