@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from benchmarks import metrics, quality
+from benchmarks import comparisons, metrics, quality
 from benchmarks.cells import SIDE, Plan, Task, drawn, memory_file
 from benchmarks.configurations import BASE, BASELINE, CONFIGURATIONS, configuration
 from benchmarks.servers import Meter, peak_memory, processor_seconds, reset_peak_memory, share_out
 from headless import Progress
+from tests.tiny import noise
 
 PLAN = Plan(steps=4, samples=2, sampler_steps=2)
 
@@ -70,7 +71,7 @@ def test_drift_of_one_distribution_is_zero_on_average_and_grows_with_the_shift()
 
 
 def test_drift_is_measured_in_the_judges_own_units():
-    samples, reference = torch.randn(5, 2, 7), torch.randn(6, 2, 7)
+    samples, reference = noise(5, 2, 7, seed=1) + 1, noise(6, 2, 7, seed=2)
     units = torch.tensor([3.0, 0.1])[:, None]
     scaled = metrics.drift(samples * units, reference * units)
     assert scaled == pytest.approx(metrics.drift(samples, reference), rel=1e-4)
@@ -143,7 +144,7 @@ def test_the_paired_interval_is_that_of_the_t_test():
         {(s, k): {"x": float(values[s, k])} for s in range(5) for k in range(3)}
         for values in (ours, theirs)
     ]
-    found = quality.paired(*tables)["x"]
+    found = comparisons.paired(*tables)["x"]
     expected = stats.ttest_rel(ours.mean(1), theirs.mean(1)).confidence_interval(0.95)
     assert found["n"] == 5
     assert found["mean"] == pytest.approx((ours - theirs).mean())
@@ -153,7 +154,7 @@ def test_the_paired_interval_is_that_of_the_t_test():
 def test_only_what_both_methods_have_is_compared_and_one_subject_has_no_interval():
     ours = {(1, 0): {"x": 3.0, "y": 1.0}, (2, 0): {"x": 9.0, "y": 1.0}}
     theirs = {(1, 0): {"x": 1.0}, (3, 0): {"x": 5.0}}
-    found = quality.paired(ours, theirs)
+    found = comparisons.paired(ours, theirs)
     assert found.keys() == {"x"}
     assert found["x"]["mean"] == 2.0
     assert math.isnan(found["x"]["low"])
@@ -169,7 +170,7 @@ def test_at_equal_similarity_lora_is_taken_between_its_learning_rates():
         "lora": {(1, 0): row(0.4, 0.5), (2, 0): row(0.4, 0.5)},
         "apt": {(1, 0): row(0.3, 0.2), (2, 0): row(0.6, 0.2)},  # the second beyond any LoRA
     }
-    found = quality.at_equal_similarity(table, "apt")
+    found = comparisons.at_equal_similarity(table, "apt")
     assert found["class_drift"]["mean"] == pytest.approx(0.2 - 0.3)
     assert found["subject_similarity"]["mean"] == pytest.approx(0.0)
     assert found["class_drift"]["n"] == 1
@@ -188,7 +189,7 @@ def test_the_indicator_is_averaged_over_runs_at_parts_of_their_length():
 
 def test_means_weigh_subjects_alike():
     cells = {(1, 0): {"x": 0.0}, (1, 1): {"x": 2.0}, (2, 0): {"x": 5.0}}
-    assert quality.mean_scores(cells) == {"x": 3.0}
+    assert comparisons.mean_scores(cells) == {"x": 3.0}
 
 
 # Cells
@@ -383,7 +384,7 @@ def test_peak_memory_sees_what_was_freed_again():
 def test_a_tiny_run_trains_samples_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Plan, "sampler_steps", 1)
     monkeypatch.setattr("benchmarks.cells.REFERENCE_NOISES", (1000,))
-    monkeypatch.setattr("benchmarks.quality.REFERENCE_NOISES", (1000,))
+    monkeypatch.setattr("benchmarks.scores.REFERENCE_NOISES", (1000,))
     arguments = ["--quick", "--steps", "4", "--samples", "2", "--trajectory", "2"]
     arguments += ["--methods", "lora", "--servers", "1", "--cache", str(tmp_path)]
     assert quality.main([*arguments, "--json", str(tmp_path / "first.json")]) == 0
