@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     plan = Plan(
         steps=options.steps,
         batch_size=options.batch_size,
+        pictures=options.pictures,
         samples=options.samples,
         trajectory=tuple(numbers(options.trajectory)) if options.trajectory else (),
     )
@@ -106,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--ablations", action="store_true", help="the variants of methods as well")
     parser.add_argument("--steps", type=int, default=Plan.steps, help="training steps")
     parser.add_argument("--batch-size", type=int, default=Plan.batch_size)
+    parser.add_argument("--pictures", type=int, default=Plan.pictures, help="to train on")
     parser.add_argument("--samples", type=int, default=Plan.samples, help="pictures of each prompt")
     parser.add_argument(
         "--trajectory", metavar="STEPS", help="sample at these steps too, multiples of the first"

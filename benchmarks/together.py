@@ -1,0 +1,178 @@
+"""Two subjects that were learned apart, in one model: PaRa's ways of merging beside two LoRAs.
+
+    python -m benchmarks.together --pairs 101:102,103:104 --seeds 0,1 --json together.json
+
+Trains "a zib totem" and "a wug totem" on one subject each, combines what was learned, and asks for
+both. Prints a Markdown table: means over pairs and seeds.
+
+    apart        each alone in its model: what combining could reach at best
+    own          likeness of the subject that was asked for
+    other        likeness of the one that was not: who is confused with whom
+    following    share of what the prompts name that the samples show
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from demo import world
+from headless import Comfy, Graph, fill_defaults
+from headless.graph import Output
+
+from .cells import REFERENCE_NOISES, SIDE, drawn, images
+from .configurations import CONFIGURATIONS
+from .gain import machine
+from .metrics import prompt_following, subject_similarity
+from .servers import Worker, share_out, workers
+from .tables import markdown_table, sheet
+
+NAMES = ("zib", "wug")
+BACKGROUNDS = world.BACKGROUNDS[:3]
+WAYS = ("concat", "sequential", "sum")
+SAMPLES, PICTURES = 4, 5
+Rows = dict[str, dict[str, Tensor]]  # way -> name -> (N, SIDE, SIDE, 3) in [0, 1]
+
+
+def models(
+    graph: Graph, base: str, subjects: Sequence[int], seed: int, steps: int
+) -> dict[str, list[Output]]:
+    """Add all trainings; return the MODELs of every way, one for each name."""
+    learned: dict[str, list[str]] = {"para": [], "lora-like-para": []}
+    for name, subject in zip(NAMES, subjects, strict=True):
+        how = {"subject": subject, "count": PICTURES, "resolution": SIDE, "subject_name": name}
+        pictures = graph.add("PersonalizeDemoSubject", **how)
+        wires = {"images": (pictures, 0), "captions": (pictures, 1)}
+        wires |= {"clip": (base, 1), "vae": (base, 2)}
+        data = graph.add("PersonalizeDataset", resolution=SIDE, **wires)
+        for row, trained in learned.items():
+            known = CONFIGURATIONS[row]
+            kind = {"para": "PersonalizeTrainPaRa", "lora": "PersonalizeTrainLoRA"}[known.method]
+            more = {"name": f"{row} {subject} {seed}", "seed": seed, "steps": steps}
+            wires = {"model": (base, 0), "data": (data, 0)}
+            trained += [graph.add(kind, **wires, **more, batch_size=2, **known.settings)]
+
+    def together(row: str, how: str) -> Output:
+        wires = {f"personalized.personalized{i}": (node, 1) for i, node in enumerate(learned[row])}
+        inputs = {"model": (base, 0), "how": how, "strength": 1.0}
+        return graph.add("PersonalizeCombine", **inputs, **wires), 0
+
+    apart = {
+        f"{title} apart": [(node, 0) for node in learned[row]]
+        for row, title in {"para": "PaRa", "lora-like-para": "LoRA"}.items()
+    }
+    ways = {f"PaRa, {how}": [together("para", how)] * len(NAMES) for how in WAYS}
+    loras = {"two LoRAs": [together("lora-like-para", "sum")] * len(NAMES)}
+    return {"base": [(base, 0)] * len(NAMES)} | apart | ways | loras
+
+
+def sampled(comfy: Comfy, subjects: Sequence[int], seed: int, steps: int) -> Rows:
+    """Train, combine and sample everything for one pair."""
+    known, graph = comfy.object_info(), Graph()
+    base = graph.add("PersonalizeDemoBase")
+    latent = graph.empty_latent(SIDE, SAMPLES)
+    sampler = {"sampler_name": "dpmpp_2m", "steps": 12, "seed": REFERENCE_NOISES[0] + seed}
+    saved = {
+        (way, name): [
+            graph.pictures(base, model, world.subject_caption(b, name), latent, **sampler)
+            for b in BACKGROUNDS
+        ]
+        for way, of_names in models(graph, base, subjects, seed, steps).items()
+        for name, model in zip(NAMES, of_names, strict=True)
+    }
+    result = comfy.run(fill_defaults(graph, known))
+    rows: Rows = {}
+    for (way, name), nodes in saved.items():
+        found = [np.asarray(image) for node in nodes for image in images(comfy, result, node)]
+        rows.setdefault(way, {})[name] = torch.from_numpy(np.stack(found)).float() / 255
+    return rows
+
+
+def scores(rows: Rows, subjects: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Judge every way of one pair."""
+    references = [drawn(subject, 8, "held-out") for subject in subjects]
+    return {
+        way: {
+            "own": mean_likeness(pictures, references),
+            "other": mean_likeness(pictures, references[::-1]),
+            "following": statistics.fmean(
+                prompt_following(samples, said(name)) for name, samples in pictures.items()
+            ),
+        }
+        for way, pictures in rows.items()
+    }
+
+
+def mean_likeness(pictures: Mapping[str, Tensor], references: Sequence[Tensor]) -> float:
+    """Return the mean over names of the likeness to the reference of that place."""
+    pairs = zip(pictures.values(), references, strict=True)
+    return statistics.fmean(subject_similarity(samples, real) for samples, real in pairs)
+
+
+def said(name: str) -> list[str]:
+    """Return the prompts of all samples of a name."""
+    return [world.subject_caption(b, name) for b in BACKGROUNDS for _ in range(SAMPLES)]
+
+
+def table(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Write the Markdown table of means."""
+    ways, names = list(cells[0]["scores"]), list(cells[0]["scores"]["base"])
+    rows = [
+        [way, *(f"{statistics.fmean(c['scores'][way][n] for c in cells):.3f}" for n in names)]
+        for way in ways
+    ]
+    return "\n".join(markdown_table(["", *names], rows))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, train, judge, print and save."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.together",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--pairs", default="101:102,103:104", help="of subjects")
+    parser.add_argument("--seeds", default="0,1", help="of training and sampling")
+    parser.add_argument("--steps", type=int, default=200, help="training steps")
+    parser.add_argument("--servers", type=int, default=2, help="at a time")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sheet", type=Path, help="where to save a picture of the samples (PNG)")
+    options = parser.parse_args(arguments)
+    pairs = [[int(part) for part in pair.split(":")] for pair in options.pairs.split(",")]
+    tasks = list(product(pairs, (int(seed) for seed in options.seeds.split(","))))
+
+    def one(worker: Worker, task: tuple[list[int], int]) -> tuple[dict[str, Any], Rows]:
+        subjects, seed = task
+        rows = sampled(worker.comfy, subjects, seed, options.steps)
+        return {"subjects": subjects, "seed": seed, "scores": scores(rows, subjects)}, rows
+
+    cells, pictures = [], {}
+    with workers(min(options.servers, len(tasks))) as started:
+        for cell, rows in share_out(started, one, tasks):
+            print(cell, file=sys.stderr)
+            cells.append(cell)
+            pictures[str(cell["subjects"]), cell["seed"]] = rows
+    print(table(cells))
+    if options.json:
+        command = " ".join(["python -m benchmarks.together", *(arguments or sys.argv[1:])])
+        result = {"command": command, "machine": machine(), "steps": options.steps, "cells": cells}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.sheet:
+        subjects, seed = tasks[0]
+        first = pictures[str(subjects), seed]
+        heads = [f"a {name} totem {b}" for name in NAMES for b in BACKGROUNDS]
+        shown = {way: torch.cat([x[::SAMPLES] for x in of.values()]) for way, of in first.items()}
+        training = torch.cat([drawn(subject, 3) for subject in subjects])
+        sheet(shown, training, heads).save(options.sheet, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
