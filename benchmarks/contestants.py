@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from personalize.nodes.bridge import denoiser_of
-from personalize.trainers.data import Example, PersonalData
+from personalize.trainers.data import Example, PersonalData, Wording
 from personalize.trainers.denoiser import Denoiser
 from personalize.trainers.loop import Step, adapt, draw_objectives, train
 from personalize.trainers.methods import METHODS
@@ -63,11 +63,10 @@ class Base:
             training=pictures,
             held_out=(),
             prior=(),
-            empty_context=pictures[0].context,
+            empty=Wording("", pictures[0].context, pictures[0].pooled),
             instance_prompt="a zib totem",
             class_prompt="",
             encode=lambda pixels: F.avg_pool2d(pixels, 8)[:, [0, 1, 2, 0]],
-            empty_pooled=pictures[0].pooled,
         )
         return cls(plan, build_model(plan.geometry, plan.device, plan.dtype), data)
 

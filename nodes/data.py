@@ -1,5 +1,6 @@
 """Personal Dataset: pictures and captions in, latents and text states out; all problems at once."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from ..trainers.data import NO_POOLED, Example, PersonalData, Wording
 from .fit import BUCKETS, FITS, at_latent_places, fitted_to, opaque, origin_of
 from .request import SIZES, Request, check_lengths, unpack
 from .wires import CATEGORY, PersonalDataWire, at
+
+END = 49407  # in CLIP's vocabulary; what follows it in a chunk is padding
 
 
 class Dataset(io.ComfyNode):
@@ -184,10 +187,7 @@ def prepare(
     encoded = len(pictures) + request.flip[0] * kept + len(prior) * len(prior_sizes)
     progress = comfy.utils.ProgressBar(encoded)
     wordings = {text for caption in captions[:kept] for text in request.wordings_of(caption)}
-    texts = {
-        text: Wording(text, *encode_text(clip, text))
-        for text in {*captions, *wordings, class_prompt, ""}
-    }
+    texts = {text: encode_text(clip, text) for text in {*captions, *wordings, class_prompt, ""}}
     check_lengths(wording.context for wording in texts.values())
 
     def example(
@@ -218,8 +218,7 @@ def prepare(
         training=tuple(map(trained, examples[:kept])),
         held_out=tuple(examples[kept:]),
         prior=tuple(example(p, size, class_prompt) for size in prior_sizes for p in prior),
-        empty_context=texts[""].context,
-        empty_pooled=texts[""].pooled,
+        empty=texts[""],
         instance_prompt=request.instance_prompt[0],
         class_prompt=request.class_prompt[0],
         encode=partial(encode_pixels, vae),
@@ -236,13 +235,29 @@ def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
     return vae.encode((pixels.movedim(1, -1) + 1) / 2).clone().float().cpu()
 
 
-def encode_text(clip: Any, text: str) -> tuple[Tensor, Tensor]:
-    """Return a caption's text states (L, D) and pooled text (P,), fp32 on the CPU.
+def encode_text(clip: Any, text: str) -> Wording:
+    """Encode a caption, fp32 on the CPU.
 
     Brackets are only brackets. P is 0 for a text encoder that has no pooled text.
     """
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text, disable_weights=True))
-    states, told = conditioning[0]
+    tokens = clip.tokenize(text, disable_weights=True)
+    states, told = clip.encode_from_tokens_scheduled(tokens)[0]
     pooled = told.get("pooled_output")
     pooled = NO_POOLED if pooled is None else pooled[0]
-    return states[0].clone().float().cpu(), pooled.clone().float().cpu()
+    context = states[0].clone().float().cpu()
+    return Wording(text, context, pooled.clone().float().cpu(), words_in(tokens, len(context)))
+
+
+def words_in(tokens: Mapping[str, list[Any]], length: int) -> Tensor | None:
+    """Tell words, start and end from padding: (L,) bool; None where tokens are not CLIP's.
+
+    tokens: chunks of (token, weight) by encoder; SDXL's two cut and pad a text alike. length: L.
+    """
+    words: list[bool] = []
+    for chunk in next(iter(tokens.values())):
+        numbers = [token for token, _ in chunk]
+        numbers = [n if isinstance(n, int) else None for n in numbers]  # None: an embedding
+        if END not in numbers:
+            return None
+        words += [place <= numbers.index(END) for place in range(len(numbers))]
+    return torch.tensor(words) if len(words) == length else None

@@ -67,5 +67,5 @@ def joined(data: Mapping[str, PersonalData], balance: bool) -> PersonalData:
     together = join(data, balance)
     examples = *together.training, *together.held_out, *together.prior
     contexts = [text.context for e in examples for text in (e, *e.wordings)]
-    check_lengths([*contexts, together.empty_context], "data")
+    check_lengths([*contexts, together.empty.context], "data")
     return together

@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..trainers.data import Example, PersonalData
+from ..trainers.data import Example, PersonalData, Wording
 from ..trainers.errors import InputError
 from ..trainers.method import generator
 from ..trainers.settings import knob
@@ -192,16 +192,18 @@ def lines(text: str) -> list[str]:
 class Prompt:
     """A text as the stock sampler wants it, and as training does."""
 
-    text: str
+    wording: Wording
     conditioning: list[Any]
-    context: Tensor  # (L, D)
-    pooled: Tensor  # (P,)
+
+    @property
+    def text(self) -> str:
+        return self.wording.caption
 
     @classmethod
     def of(cls, clip: Any, text: str) -> "Prompt":
         """Encode a text."""
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-        return cls(text, conditioning, *encode_text(clip, text))
+        return cls(encode_text(clip, text), conditioning)
 
 
 @dataclass(frozen=True)
@@ -214,8 +216,7 @@ class Monitoring:
     nothing: Prompt | None = None  # the negative prompt of both
     vae: Any = None
     held_out: tuple[Tensor, ...] = ()  # (H, W, 3) in [0, 1]
-    # text states (L, D) and pooled text (P,); None: those of the instance prompt
-    held_out_text: tuple[Tensor, Tensor] | None = None
+    held_out_text: Wording | None = None  # None: the instance prompt
 
     def every(self, steps: int) -> int:
         """Return the steps between two evaluations of a run."""
@@ -249,14 +250,16 @@ class Monitoring:
             pixels = fitted_to(picture, size, "crop").movedim(-1, 0) * 2 - 1
             latent = data.encode(pixels[None])[0]
             origin = origin_of(picture, size, "crop") if as_photographed else None
-            return Example(pixels, latent, data.instance_prompt, *self._text(data), origin)
+            said = self._text(data)
+            text = data.instance_prompt, said.context, said.pooled, said.words
+            return Example(pixels, latent, *text, origin)
 
         return tuple(example(picture) for picture in self.held_out)
 
-    def _text(self, data: PersonalData) -> tuple[Tensor, Tensor]:
+    def _text(self, data: PersonalData) -> Wording | Example:
         if self.held_out_text is not None:
             return self.held_out_text
-        known = {e.caption: (e.context, e.pooled) for e in (*data.training, *data.held_out)}
+        known = {e.caption: e for e in (*data.training, *data.held_out)}
         if data.instance_prompt not in known:
             raise InputError(
                 "held_out_caption",
@@ -271,8 +274,7 @@ class Monitoring:
         for index, prompt in enumerate(self.prior):
             count = PRIOR_PICTURES // len(self.prior) + (index < PRIOR_PICTURES % len(self.prior))
             latents = self.sample(base, prompt, shape, max(1, count))
-            text = prompt.text, prompt.context, prompt.pooled
-            drawn += [Example(torch.empty(0), x, *text) for x in latents]
+            drawn += [Example(torch.empty(0), x, **vars(prompt.wording)) for x in latents]
         return tuple(drawn)
 
     @torch.no_grad()

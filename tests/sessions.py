@@ -11,7 +11,7 @@ from personalize.nodes import session as node
 from personalize.nodes.base import ModelBase
 from personalize.nodes.monitor import Monitoring, MonitorSettings, Prompt
 from personalize.trainers.artifact import Personalization
-from personalize.trainers.data import PersonalData
+from personalize.trainers.data import PersonalData, Wording
 from personalize.trainers.methods import METHODS
 from personalize.trainers.run import Run
 from tests.tiny import WIDTH, comfy_model, make, noise, tiny_data
@@ -44,8 +44,7 @@ class Pictures:
 
 def prompt(text: str) -> Prompt:
     context = noise(1, 7, WIDTH, seed=len(text))
-    pooled = {"pooled": torch.zeros(0)} if "pooled" in Prompt.__annotations__ else {}
-    return Prompt(text=text, conditioning=[[context, {}]], context=context[0], **pooled)
+    return Prompt(Wording(text, context[0]), conditioning=[[context, {}]])
 
 
 def monitoring(samples: bool = False, **settings) -> Monitoring:

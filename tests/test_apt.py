@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from personalize.trainers.data import Batch, Example, words_of
 from personalize.trainers.edits import to_tensors
 from personalize.trainers.errors import InputError
 from personalize.trainers.loop import adapt, draw_objectives
@@ -16,16 +17,32 @@ from personalize.trainers.method import Draws, Method, Objective, denoising_loss
 from personalize.trainers.methods.apt import (
     APT,
     VIEW_LIFETIME,
+    Answer,
     APTSettings,
     Indicator,
     ViewedBatch,
+    attention_to,
     bins_of,
+    map_distance,
     recording,
     zoomed_out,
 )
 from personalize.trainers.methods.lora import LoRA
+from personalize.trainers.monitor import fixed_batch
 from personalize.trainers.sites import attentions
-from tests.tiny import distance, make, noise, run, same, tiny_data, tiny_denoiser, tiny_unet
+from tests.tiny import (
+    SIDE,
+    WIDTH,
+    distance,
+    example,
+    make,
+    noise,
+    run,
+    same,
+    tiny_data,
+    tiny_denoiser,
+    tiny_unet,
+)
 
 OFF = {"adaptive": False, "stabilize": False, "align": False}
 PARTS = tuple(OFF)
@@ -549,32 +566,103 @@ def test_stabilization_is_its_naive_reference(features):
     assert found - plain == pytest.approx(2.0 * expected, rel=1e-3)
 
 
+def padded(seed: int, chunks: Sequence[int]) -> Example:
+    """A picture with a text of chunks of 7 states, of which so many are no padding."""
+    words = torch.tensor([place < count for count in chunks for place in range(7)])
+    return dataclasses.replace(
+        example(seed), context=noise(7 * len(chunks), WIDTH, seed=900 + seed), words=words
+    )
+
+
+def shown_together(examples: Sequence[Example]) -> Batch:
+    """A batch whose noise and timesteps depend on the place alone."""
+    latents = torch.stack([e.latent for e in examples])
+    timesteps = torch.tensor([210, 510, 810, 110])[: len(examples)]
+    return fixed_batch(examples, latents, noise(4, 4, SIDE, SIDE)[: len(examples)], timesteps)
+
+
+def alignment_of(method: APT, denoiser, batch: Batch) -> torch.Tensor:
+    """L_attn of each example, (B,)."""
+    with method._recording(denoiser) as outputs:
+        denoising_loss(denoiser, batch)
+    tuned = method._answer(denoiser, batch, outputs)
+    return map_distance(tuned, method._ask_base(denoiser, batch), batch.words).detach()
+
+
 def test_alignment_is_its_naive_reference():
-    method = apt(lambda_aa=3.0, prior_weight=0.5, **only("align"))
+    """Head by head, query by query, word by word; the mean of all, and of the layers."""
+    method = apt(lambda_aa=3.0, **only("align"))
     denoiser, _ = moved(method)
-    batch = batch_of(method, prior=2)
+    examples = [padded(0, [3]), padded(1, [5]), padded(2, [7, 4]), padded(3, [2])]
+    batch = dataclasses.replace(
+        shown_together(examples), weight=torch.tensor([0.5, 0.5, 0.25, 0.25])
+    )
+    assert batch.context.shape[1] == 14  # the text of two chunks is as it is, the others twice
     queries, keys = (both_ways(denoiser, batch, f".attn2.{name}") for name in ("to_q", "to_k"))
     expected, layers = 0.0, len(queries[0])
     assert layers == 4  # down, middle, twice up
-    for i in range(4):
+    for i, one in enumerate(examples):
         for name in queries[0]:
-            heads = denoiser.unet.get_submodule(name.removesuffix(".to_q")).heads
-            maps = []
-            for way in (0, 1):
-                q = queries[way][name][i].double()
-                k = keys[way][name.replace("to_q", "to_k")][i].double()
-                d, mean = q.shape[1] // heads, 0.0
-                for head in range(heads):
+            heads, costs = denoiser.unet.get_submodule(name.removesuffix(".to_q")).heads, []
+            for head in range(heads):
+                maps = []
+                for way in (0, 1):  # with the text as it is, not repeated
+                    q = queries[way][name][i].double()
+                    k = keys[way][name.replace("to_q", "to_k")][i].double()[: len(one.context)]
+                    d = q.shape[1] // heads
                     part = slice(head * d, (head + 1) * d)
                     weights = torch.exp(q[:, part] @ k[:, part].T / d**0.5)
-                    mean = mean + weights / weights.sum(1, keepdim=True) / heads
-                maps.append(mean)
-            gap = float((maps[0] - maps[1]).square().sum() / len(maps[0]))
-            expected += float(batch.weight[i]) * gap / layers
+                    maps.append(weights / weights.sum(1, keepdim=True))
+                for word in one.words.nonzero().flatten().tolist():
+                    for query in range(len(maps[0])):
+                        costs.append(float(maps[0][query, word] - maps[1][query, word]) ** 2)
+            expected += float(batch.weight[i]) * sum(costs) / len(costs) / layers
     plain = float(make(LoRA).loss(denoiser, batch).detach())
     found = float(method.loss(denoiser, batch).detach())
     assert expected > 1e-5
     assert found - plain == pytest.approx(3.0 * expected, rel=1e-3)
+
+
+def attentions_of(query: torch.Tensor, key: torch.Tensor, words: torch.Tensor) -> Answer:
+    return Answer(torch.zeros(1), (), (attention_to(words, query, key, 2),))
+
+
+def test_heads_that_swap_their_maps_cost_something():
+    query, key, words = noise(1, 16, 8), noise(1, 7, 8, seed=1), torch.eye(7)[None]
+    swapped = [torch.cat([x[..., 4:], x[..., :4]], -1) for x in (query, key)]
+    one, other = attentions_of(query, key, words), attentions_of(*swapped, words)
+    assert torch.allclose(one.maps[0].mean(1), other.maps[0].mean(1), atol=1e-6)
+    assert map_distance(one, other, words) > 1e-3
+
+
+def test_what_happens_among_padding_costs_nothing():
+    """Two states swap places: of the padding, or of the words."""
+    query, key = noise(1, 16, 8), noise(1, 7, 8, seed=1)
+    words = words_of([padded(0, [4])])
+    assert words.shape == (1, 7, 4)
+    base = attentions_of(query, key, words)
+    for places, costs in (((5, 6), False), ((1, 2), True), ((3, 4), True)):
+        order = list(range(7))
+        order[places[0]], order[places[1]] = places[1], places[0]
+        tuned = attentions_of(query, key[:, order], words)
+        assert (float(map_distance(tuned, base, words)) > 1e-6) == costs
+
+
+def test_what_a_text_costs_does_not_depend_on_those_beside_it():
+    method = apt(**only("align"))
+    denoiser, _ = moved(method)
+    examples = [padded(0, [3]), padded(1, [7, 2]), padded(2, [7, 7, 5])]
+    alone = alignment_of(method, denoiser, shown_together(examples[:1]))
+    together = shown_together(examples)
+    assert together.context.shape[1] == 42 and together.words.sum(1).amax(1).tolist() == [6, 3, 2]
+    costs = alignment_of(method, denoiser, together)
+    assert costs.min() > 1e-6 and torch.allclose(costs[:1], alone, rtol=1e-3)
+
+
+def test_words_that_are_not_known_all_count():
+    plain, told = example(0), padded(0, [7])
+    told = dataclasses.replace(told, context=plain.context)
+    assert plain.words is None and torch.equal(words_of([plain]), words_of([told]))
 
 
 def test_only_maps_of_at_most_1024_queries_are_aligned():
@@ -587,7 +675,7 @@ def test_only_maps_of_at_most_1024_queries_are_aligned():
             latents=noise(1, 4, side, side),
             noise=noise(1, 4, side, side, seed=1),
         )
-        layers.append([m.shape[1] for m in method._ask_base(denoiser, batch).maps])
+        layers.append([m.shape[2] for m in method._ask_base(denoiser, batch).maps])
     assert layers == [[1024, 1024, 1024, 256], [1024]]
 
 

@@ -73,7 +73,7 @@ def test_plain_pictures_are_drawn_as_they_always_were(count, prior, parts):
             drawn_noise = drawn_noise + 0.1 * torch.randn(len(shown), 4, 1, 1, generator=rng)
             unsaid = torch.rand(len(shown), generator=rng) < 0.5
             contexts = [
-                data.empty_context if u else e.context for u, e in zip(unsaid, shown, strict=True)
+                data.empty.context if u else e.context for u, e in zip(unsaid, shown, strict=True)
             ]
             weight = torch.tensor([1.0] * count + [0.7] * (len(shown) - count)) / count
             batch = objective.batch

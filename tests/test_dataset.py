@@ -170,7 +170,7 @@ def test_latents_are_what_the_vae_makes_of_the_pixels(vae):
 def test_everything_can_be_trained_on(vae):
     """Free of graphs, and not born in inference mode, though the node was called in it."""
     data = prepared(vae, prior_images=[pictures(1)], class_prompt="a totem")
-    tensors = [data.empty_context]
+    tensors = [data.empty.context]
     for example in data.training + data.prior:
         tensors += [example.pixels, example.latent, example.context]
     for tensor in tensors:
@@ -191,8 +191,8 @@ def test_the_text_states_are_those_of_the_captions(vae):
     data = prepared(vae, captions="one\ntwo\nthree", prior_images=[pictures(1)], class_prompt="k")
     for example in data.training + data.prior:
         assert torch.allclose(example.context, states(example.caption).float(), atol=1e-5)
-    assert torch.allclose(data.empty_context, states("").float(), atol=1e-5)
-    contexts = [example.context for example in data.training + data.prior] + [data.empty_context]
+    assert torch.allclose(data.empty.context, states("").float(), atol=1e-5)
+    contexts = [example.context for example in data.training + data.prior] + [data.empty.context]
     assert len({context.numpy().tobytes() for context in contexts}) == 5
 
 

@@ -106,9 +106,8 @@ def sdxl_data(count: int = 3):
     examples = [replace(e, pooled=noise(WIDTH, seed=50 + i)) for i, e in enumerate(data.training)]
     examples[-1] = replace(examples[-1], origin=Origin((300, 451), (0.0, 0.25)))
     kept = tuple(replace(e, pooled=noise(WIDTH, seed=60)) for e in data.held_out)
-    return replace(
-        data, training=tuple(examples), held_out=kept, empty_pooled=noise(WIDTH, seed=70)
-    )
+    empty = replace(data.empty, pooled=noise(WIDTH, seed=70))
+    return replace(data, training=tuple(examples), held_out=kept, empty=empty)
 
 
 # The same function
@@ -327,8 +326,8 @@ def test_a_dropped_caption_is_dropped_from_the_pooled_text_too():
     for dropout, expected in ((1.0, True), (0.0, False)):
         method = make(METHODS["lora"], batch_size=3, caption_dropout=dropout)
         batch = method.draw(data, denoiser, Draws(0, 0, 0, 1))
-        assert all(torch.equal(row, data.empty_pooled) == expected for row in batch.pooled)
-        assert all(torch.equal(row, data.empty_context) == expected for row in batch.context)
+        assert all(torch.equal(row, data.empty.pooled) == expected for row in batch.pooled)
+        assert all(torch.equal(row, data.empty.context) == expected for row in batch.context)
 
 
 def test_low_resolution_pictures_are_told_their_own_size():
@@ -473,10 +472,10 @@ def test_the_twin_answers_what_the_sampler_was_answered(clip):
     seen = asked(model, conditioning, 64, 64)
     sampling, denoiser = model.model.model_sampling, bridge.denoiser_of(model)
     asked_x = sampling.calculate_input(seen["t"], seen["x"])
-    context, pooled = encode_text(clip, "a zib totem")
+    said = encode_text(clip, "a zib totem")
     with torch.no_grad():
         predicted = denoiser(
-            asked_x, sampling.timestep(seen["t"]), context[None], pooled[None], sizes
+            asked_x, sampling.timestep(seen["t"]), said.context[None], said.pooled[None], sizes
         )
         found = model.model.apply_model(
             seen["x"], seen["t"], c_crossattn=seen["c_crossattn"], y=seen["y"]
@@ -504,7 +503,7 @@ def test_held_out_pictures_are_told_of_as_the_others_are(clip, vae):
         measured = monitoring.prepare(data, sdxl_for(clip), 0).measured
         (example,) = measured.held_out
         assert example.sizes.tolist() == expected
-        assert torch.equal(example.pooled, encode_text(clip, text)[1])
+        assert torch.equal(example.pooled, encode_text(clip, text).pooled)
 
 
 # Refused

@@ -21,6 +21,7 @@ from nodes import DiffusersLoader, DualCLIPLoader, UNETLoader
 from personalize.nodes import bridge, load
 from personalize.nodes.data import encode_text
 from personalize.trainers.artifact import Header, Personalization
+from personalize.trainers.data import Wording
 from personalize.trainers.methods import METHODS
 from tests import stock
 from tests.tiny import comfy_output, distance, make, noise, run, tiny_data
@@ -144,7 +145,7 @@ def wide_data():
 
     data = tiny_data(2)
     examples = [replace(e, context=noise(77, 768, seed=i)) for i, e in enumerate(data.training)]
-    return replace(data, training=tuple(examples), empty_context=noise(77, 768, seed=9))
+    return replace(data, training=tuple(examples), empty=Wording("", noise(77, 768, seed=9)))
 
 
 # ComfyUI writes patched weights back in what the base is held in, rounded (fp8: by chance)
@@ -202,7 +203,8 @@ def test_dual_clip_loader_gives_sdxls_texts(models):
         save_file(kept, models / "text_encoders" / f"{name}.safetensors")
     del encoders, weights, kept
     (clip,) = DualCLIPLoader().load_clip("clip_l.safetensors", "clip_g.safetensors", "sdxl")
-    context, pooled = encode_text(clip, "a photo of sks cat")
+    said = encode_text(clip, "a photo of sks cat")
+    context, pooled = said.context, said.pooled
     states, told = clip.encode_from_tokens_scheduled(clip.tokenize("a photo of sks cat"))[0]
     assert context.shape == (77, 2048) and pooled.shape == (1280,)
     assert torch.equal(context, states[0].float()) and context.isfinite().all()

@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from benchmarks.servers import peak_memory, reset_peak_memory
 from personalize.nodes import room
 from personalize.nodes import session as node
+from personalize.trainers.data import Wording
 from personalize.trainers.denoiser import Denoiser
 from personalize.trainers.eight_bits import eight_bit_layers
 from personalize.trainers.errors import InputError
@@ -115,7 +116,7 @@ def test_a_whole_sd15_is_known_without_holding_it():
     picture = dataclasses.replace(
         example(0), pixels=noise(3, 512, 512), latent=noise(4, 64, 64), context=noise(77, 768)
     )
-    data = dataclasses.replace(tiny_data(), training=(picture,), empty_context=noise(77, 768))
+    data = dataclasses.replace(tiny_data(), training=(picture,), empty=Wording("", noise(77, 768)))
     method = make(METHODS["lora"])
     before = reset_peak_memory(os.getpid())
     assert before is not None

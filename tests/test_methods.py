@@ -368,9 +368,9 @@ def test_every_optimizer_trains_or_names_its_package(method, name):
 def test_every_caption_can_be_dropped(method):
     data, denoiser = tiny_data(3, prior=2), tiny_denoiser()
     batch = make(method, caption_dropout=1.0).draw(data, denoiser, Draws(0, 0, 0, 1))
-    assert all(torch.equal(context, data.empty_context) for context in batch.context)
+    assert all(torch.equal(context, data.empty.context) for context in batch.context)
     batch = make(method, caption_dropout=0.0).draw(data, denoiser, Draws(0, 0, 0, 1))
-    assert not any(torch.equal(context, data.empty_context) for context in batch.context)
+    assert not any(torch.equal(context, data.empty.context) for context in batch.context)
 
 
 def test_half_of_the_captions_are_dropped_at_one_half(method):
@@ -378,7 +378,7 @@ def test_half_of_the_captions_are_dropped_at_one_half(method):
     batch = make(method, caption_dropout=0.5, batch_size=400).draw(
         data, denoiser, Draws(0, 0, 0, 1)
     )
-    dropped = sum(torch.equal(context, data.empty_context) for context in batch.context)
+    dropped = sum(torch.equal(context, data.empty.context) for context in batch.context)
     assert abs(dropped - 200) < 3 * 10  # 3 sigma of a binomial
 
 

@@ -123,7 +123,7 @@ def test_captions_drop_out_of_wordings_as_of_captions():
             for step in range(4)
         ]
     )
-    empty = [torch.equal(context, data.empty_context) for context in contexts]
+    empty = [torch.equal(context, data.empty.context) for context in contexts]
     assert abs(sum(empty) - 60) < 3 * (200 * 0.21) ** 0.5
     known = {w.context.numpy().tobytes() for w in data.training[0].wordings}
     said = {c.numpy().tobytes() for c, e in zip(contexts, empty, strict=True) if not e}

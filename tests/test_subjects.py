@@ -220,10 +220,10 @@ def test_another_text_encoder_or_vae_is_refused_naming_the_input():
     deep = tuple(dataclasses.replace(e, latent=noise(16, 8, 8)) for e in other.training)
     with pytest.raises(InputError, match="and 16 latent channels"):
         joined({"data0": one, "data1": dataclasses.replace(other, training=deep)}, True)
-    another = dataclasses.replace(other, empty_context=one.empty_context * 1.1)
+    another = dataclasses.replace(other, empty=Wording("", one.empty.context * 1.1))
     with pytest.raises(InputError, match="'data1' was encoded with another CLIP; give all"):
         joined({"data0": one, "data1": another}, True)
-    rounded = dataclasses.replace(other, empty_context=one.empty_context * 1.001)
+    rounded = dataclasses.replace(other, empty=Wording("", one.empty.context * 1.001))
     assert joined({"data0": one, "data1": rounded}, True).subjects
 
 

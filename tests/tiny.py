@@ -80,7 +80,7 @@ def tiny_data(count: int = 3, prior: int = 0, held_out: int = 0) -> PersonalData
         training=tuple(example(i) for i in range(count)),
         held_out=tuple(example(100 + i) for i in range(held_out)),
         prior=tuple(example(200 + i) for i in range(prior)),
-        empty_context=noise(7, WIDTH, seed=3000),
+        empty=Wording("", noise(7, WIDTH, seed=3000)),
         instance_prompt="a zib totem",
         class_prompt="a totem" if prior else "",
         encode=encode,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NO_POOLED = torch.zeros(0)  # of text encoders that give no pooled text
@@ -29,6 +30,7 @@ class Wording:
     caption: str
     context: Tensor  # (L, D) text states
     pooled: Tensor = NO_POOLED  # (P,)
+    words: Tensor | None = None  # (L,) bool: the states that are no padding; None: all may be words
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Example:
     caption: str
     context: Tensor  # (L, D) text states
     pooled: Tensor = NO_POOLED  # (P,) the whole text as one vector; SDXL is told it as well
+    words: Tensor | None = None  # see Wording
     origin: Origin | None = None  # None: SDXL is told what a sampler tells it of such a picture
     mask: Tensor | None = None  # (h, w) in [0, 1]: what each place counts; None: all alike
     mirrored: "Example | None" = None  # the same picture, for half of the times that it is shown
@@ -78,27 +81,26 @@ class Example:
 class PersonalData:
     """The pictures of a subject, those held out, and pictures of its class.
 
-    `empty_context` (L, D) and `empty_pooled` (P,) are the text of the empty caption. `encode` is
-    the VAE, for what is drawn while training (augmented, or of another size): pixels (N, 3, H, W)
-    in [-1, 1] to latents (N, C, h, w) on the CPU, in the scale of the examples' own. `subjects`
-    are the instance prompts of several subjects; that of one need not be told. They may
-    `take_turns`: then a batch shows one of them, and each has as many batches as the others.
+    `empty` is the empty caption. `encode` is the VAE, for what is drawn while training (augmented,
+    or of another size): pixels (N, 3, H, W) in [-1, 1] to latents (N, C, h, w) on the CPU, in the
+    scale of the examples' own. `subjects` are the instance prompts of several subjects; that of
+    one need not be told. They may `take_turns`: then a batch shows one of them, and each has as
+    many batches as the others.
     """
 
     training: tuple[Example, ...]
     held_out: tuple[Example, ...]
     prior: tuple[Example, ...]
-    empty_context: Tensor
+    empty: Wording
     instance_prompt: str
     class_prompt: str
     encode: Callable[[Tensor], Tensor]
-    empty_pooled: Tensor = NO_POOLED
     subjects: tuple[str, ...] = ()
     take_turns: bool = False
 
     def unsaid(self, example: Example) -> Example:
         """Return an example with the empty caption."""
-        return example.said(Wording("", self.empty_context, self.empty_pooled))
+        return example.said(self.empty)
 
     def changed(self, change: Callable[[Example], Example]) -> "PersonalData":
         """Change all pictures."""
@@ -165,6 +167,7 @@ class Batch:
     timesteps: Tensor  # (B,) int in [0, T)
     context: Tensor  # (B, L, D)
     pooled: Tensor  # (B, P)
+    words: Tensor  # (B, L, W), see `words_of`
     sizes: Tensor  # (B, 6), see Example
     weight: Tensor  # (B,) share of each example in the loss
     of_subject: Tensor  # (B,) bool: not a prior picture
@@ -189,6 +192,7 @@ def conditions(examples: Sequence[Example]) -> dict[str, Tensor]:
     return {
         "context": stack_contexts([example.context for example in examples]),
         "pooled": torch.stack([example.pooled for example in examples]),
+        "words": words_of(examples),
         "sizes": torch.stack([example.sizes for example in examples]),
     }
 
@@ -208,6 +212,19 @@ def evened(mask: Tensor) -> Tensor:
     One that is black all over stays so.
     """
     return mask / mask.mean().clamp(min=torch.finfo(mask.dtype).tiny)
+
+
+def words_of(examples: Sequence[Example]) -> Tensor:
+    """Say which text states are which word of each text: (B, L, W) of 0 and 1.
+
+    Column n is the text's n-th word, wherever the text is repeated to the batch's length, and 0
+    beyond its last; padding is in no column.
+    """
+    chosen = [
+        torch.eye(len(e.context))[:, slice(None) if e.words is None else e.words] for e in examples
+    ]
+    most = max(words.shape[1] for words in chosen)
+    return stack_contexts([F.pad(words, (0, most - words.shape[1])) for words in chosen])
 
 
 def stack_contexts(contexts: list[Tensor]) -> Tensor:

@@ -56,7 +56,7 @@ def check_encoding(parts: Mapping[str, PersonalData]) -> None:
     """Raise InputError unless all parts came from the same text encoder and kind of VAE."""
     (first_name, first), *others = parts.items()
     for name, part in others:
-        if kind(part) != kind(first) or not near(part.empty_context, first.empty_context):
+        if kind(part) != kind(first) or not near(part.empty.context, first.empty.context):
             here, there = described(part), described(first)
             said = f"{here}, '{first_name}' with {there}" if here != there else "another CLIP"
             raise InputError(

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
 from .artifact import Personalization
-from .data import Example, PersonalData
+from .data import Example, PersonalData, Wording
 from .denoiser import Denoiser
 from .edits import Edit, of_weights, parameter_name
 from .errors import InputError
@@ -196,7 +196,7 @@ def pixel_data(pictures: Sequence[Tensor], held_out: int = 0) -> PersonalData:
         training=tuple(examples[:kept]),
         held_out=tuple(examples[kept:]),
         prior=(),
-        empty_context=NO_TEXT,
+        empty=Wording("", NO_TEXT),
         instance_prompt="",
         class_prompt="",
         encode=lambda pixels: pixels,

@@ -10,7 +10,7 @@ Representation Stabilization: mean and standard deviation of self-attention's ou
 the base. Attention Alignment: so do the cross-attention maps.
 
 Ours, for want of published values: T = 1000, a probability of at most p_max, features from the
-decoder half, maps averaged over heads and taken over all text tokens where there are at most
+decoder half, maps compared head by head on all tokens that are no padding where there are at most
 32 x 32 queries, pictures of the class left out of the bins and of the weights 1 - gamma, both
 caches, and both lambdas. Measured on the demo base (lr 1e-3, rank 16, 5 pictures, batches of 4),
 each term would be 10 % of L_DM at step 100 of a LoRA that no part holds back; once they act, they
@@ -194,7 +194,7 @@ class Answer:
 
     loss: Tensor  # (B,) unweighted
     moments: tuple[Tensor, ...]  # per layer (B, 2, C): mean and deviation over the tokens
-    maps: tuple[Tensor, ...]  # per layer (B, queries, text tokens)
+    maps: tuple[Tensor, ...]  # per layer (B, heads, queries, W): looks at each word
 
     def to(self, device: torch.device) -> "Answer":
         """Move every tensor."""
@@ -304,7 +304,7 @@ class APT(BNN):
             total = super().loss(denoiser, replace(batch, weight=batch.weight * (1 - gamma)))
         tuned = self._answer(denoiser, batch, outputs)
         rs = (batch.weight * moment_distance(tuned, base)).sum()
-        aa = (batch.weight * map_distance(tuned, base)).sum()
+        aa = (batch.weight * map_distance(tuned, base, batch.words)).sum()
         if self._observed is not None:
             self._observed.append(self._observation(denoiser, batch, base, tuned, rs, aa))
         return total + s.lambda_rs * rs + s.lambda_aa * aa
@@ -329,7 +329,12 @@ class APT(BNN):
             averaged(error, batch.masks),
             tuple(token_moments(outputs[name]) for name in watched.self_attentions),
             tuple(
-                attention_map(outputs[f"{name}.to_q"], outputs[f"{name}.to_k"], attention.heads)
+                attention_to(
+                    batch.words,
+                    outputs[f"{name}.to_q"],
+                    outputs[f"{name}.to_k"],
+                    attention.heads,
+                )
                 for name, attention in watched.cross_attentions.items()
                 if outputs[f"{name}.to_q"].shape[1] <= MOST_QUERIES
             ),
@@ -489,13 +494,13 @@ def token_moments(features: Tensor) -> Tensor:
     return torch.stack([features.mean(1), deviation], 1)
 
 
-def attention_map(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """Return softmax(Q K^T / sqrt(d)), averaged over heads: (B, N, L) fp32.
+def attention_to(words: Tensor, query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """Return every head's softmax(Q K^T / sqrt(d)), as far as it goes to words: (B, heads, N, W).
 
-    query: (B, N, heads * d); key: (B, L, heads * d).
+    words: (B, L, W), see Batch; query: (B, N, heads * d); key: (B, L, heads * d). fp32.
     """
     q, k = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
-    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean(1)
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ words[:, None]
 
 
 def moment_distance(tuned: Answer, base: Answer) -> Tensor:
@@ -504,10 +509,16 @@ def moment_distance(tuned: Answer, base: Answer) -> Tensor:
     return mean_over_layers([(a - b).square().mean(2).sum(1) for a, b in layers], tuned)
 
 
-def map_distance(tuned: Answer, base: Answer) -> Tensor:
-    """Return L_attn of each example, summed over tokens, averaged over queries and layers: (B,)."""
+def map_distance(tuned: Answer, base: Answer, words: Tensor) -> Tensor:
+    """Return L_attn of each example, averaged over heads, queries, words and layers: (B,).
+
+    words: (B, L, W), see Batch; an example's may be fewer than W.
+    """
+    counts = words.amax(1).sum(1)
     layers = zip(tuned.maps, base.maps, strict=True)
-    return mean_over_layers([(a - b).square().sum(2).mean(1) for a, b in layers], tuned)
+    return mean_over_layers(
+        [(a - b).square().mean((1, 2)).sum(1) / counts for a, b in layers], tuned
+    )
 
 
 def mean_over_layers(distances: list[Tensor], of: Answer) -> Tensor:
