@@ -6,9 +6,9 @@ from typing import Protocol
 from comfy.model_patcher import ModelPatcher
 
 from ..trainers.data import Example, PersonalData
-from ..trainers.denoiser import Denoiser
+from ..trainers.denoiser import Denoiser, described_schedule
 from ..trainers.errors import InputError
-from .bridge import denoiser_of, fingerprint
+from .bridge import denoiser_of, fingerprint, schedule
 
 
 class Base(Protocol):
@@ -40,7 +40,7 @@ class ModelBase:
         return in_network_scale(data, self.model, denoiser)
 
     def fingerprint(self) -> dict[str, str]:
-        return fingerprint(self.model)
+        return fingerprint(self.model) | {"schedule": described_schedule(*schedule(self.model))}
 
 
 def in_network_scale(data: PersonalData, model: ModelPatcher, denoiser: Denoiser) -> PersonalData:

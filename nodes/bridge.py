@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.lora
@@ -13,6 +13,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
+from comfy.weight_adapter.base import WeightAdapterBase
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
@@ -233,13 +234,20 @@ def _without_inference_flag(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()  # the weights of ComfyUI 0.16 ask for gradients
 def fingerprint(model: ModelPatcher) -> dict[str, str]:
-    """Describe the base: family, hashes of its geometry, (samples of) its weights and patches."""
+    """Describe the base: family, hashes of its geometry, (samples of) its weights and patches.
+
+    patches: as runs of before knew them, which missed whatever is no tensor of an adapter.
+    """
     geometry, weights, patches = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    all_of_patches = hashlib.sha256()
     for name, weight in sorted(own_weights(model).items()):
         geometry.update(f"{name}{tuple(weight.shape)}".encode())
         sample = plain(weight).flatten()[:64].float().cpu().contiguous()
         weights.update(sample.numpy().tobytes())
     for key, applied in sorted(model.patches.items()):
+        all_of_patches.update(key.encode())
+        for part in parts_of(applied):
+            all_of_patches.update(part)
         for strength, patch, *_ in applied:
             patches.update(f"{key}{strength}".encode())
             for part in getattr(patch, "weights", None) or ():
@@ -250,7 +258,26 @@ def fingerprint(model: ModelPatcher) -> dict[str, str]:
         "geometry": geometry.hexdigest()[:16],
         "weights": weights.hexdigest()[:16],
         "patches": patches.hexdigest()[:16] if model.patches else "",
+        "all_of_patches": all_of_patches.hexdigest()[:16] if model.patches else "",
     }
+
+
+def parts_of(value: Any) -> Iterator[bytes]:
+    """Yield what a patch is made of: numbers, words, and (samples of) tensors, however nested."""
+    if isinstance(value, Tensor):
+        numbers = plain(value).flatten()
+        yield f"{tuple(value.shape)}".encode()
+        yield numbers[:: max(1, len(numbers) // 64)].float().cpu().contiguous().numpy().tobytes()
+    elif isinstance(value, (list, tuple)):
+        yield f"{len(value)} of".encode()
+        for inner in value:
+            yield from parts_of(inner)
+    elif isinstance(value, dict):
+        yield from parts_of(list(value.items()))
+    elif isinstance(value, WeightAdapterBase):
+        yield from parts_of([value.name, value.weights])
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        yield repr(value).encode()
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:

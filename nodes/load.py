@@ -24,6 +24,7 @@ from ..trainers.edits import (
 )
 from ..trainers.errors import InputError, brief, printable
 from ..trainers.methods import METHODS
+from ..trainers.resume import of_base
 from ..trainers.run import NAMED, Run, list_runs
 from ..trainers.time_aware import SITE, TimeAware, block_of
 from .bridge import PREFIX, fingerprint, own_weights, twin_names
@@ -174,7 +175,7 @@ def add_edits(
 def report(learned: Personalization, here: dict[str, str], layers: int, strength: float) -> str:
     """Say in plain words what was loaded."""
     header, method = learned.header, title(learned)
-    same = all(header.base.get(part) == here[part] for part in ("weights", "patches"))
+    same = header.base.get("weights") == here["weights"] and not of_base(header.base, here)
     base = "the base it was trained on" if same else "another base of the same shape"
     adapter = (
         " and the time-aware adapter" if any(n.startswith(SITE) for n in learned.tensors) else ""

@@ -7,8 +7,10 @@ import torch
 
 from personalize.demo import base_model
 from personalize.nodes import bridge, demo
+from personalize.nodes.base import ModelBase
 from personalize.trainers.errors import InputError
 from personalize.trainers.methods import METHODS
+from personalize.trainers.resume import of_base
 from tests.tiny import (
     comfy_model,
     comfy_output,
@@ -282,6 +284,92 @@ def test_the_fingerprint_knows_what_was_applied_upstream():
     patched.add_patches({key: ("diff", (torch.ones(model.model.state_dict()[key].shape),))}, 0.5)
     assert bridge.fingerprint(model)["weights"] == bridge.fingerprint(patched)["weights"]
     assert bridge.fingerprint(model)["patches"] != bridge.fingerprint(patched)["patches"]
+
+
+KEY = "diffusion_model.input_blocks.1.0.in_layers.2.weight"
+
+
+def merged_with(other, model):
+    """Return what Model Merge puts on a model: the other's own weight, and patches upon it."""
+    return other.get_key_patches("diffusion_model.")[KEY]
+
+
+def adapter(model, alpha: float):
+    shape = model.model.state_dict()[KEY].shape
+    up, down = torch.ones(shape[0], 2), torch.ones(2, shape[1:].numel())
+    return comfy.weight_adapter.LoRAAdapter(set(), (up, down, alpha, None, None, None))
+
+
+def stacked(model, alpha: float):
+    """Return a patch that is a merge whose other model carries a LoRA."""
+    other = model.clone()
+    other.add_patches({KEY: adapter(model, alpha)})
+    return merged_with(other, model)
+
+
+def difference(model, number: float):
+    whole = torch.ones(model.model.state_dict()[KEY].shape)
+    whole[1:] = number
+    return ("diff", (whole,))
+
+
+PATCHES = {  # two ways to patch a model that differ in one thing
+    "the numbers of a difference": [(difference, 1.0, {}), (difference, 2.0, {})],
+    "what stays of the weight": [
+        (adapter, 1.0, {"strength_model": 1.0}),
+        (adapter, 1.0, {"strength_model": 0.5}),
+    ],
+    "an adapter's alpha": [(adapter, 1.0, {}), (adapter, 2.0, {})],
+    "the LoRA of a merged model": [(stacked, 1.0, {}), (stacked, 2.0, {})],
+    "the strength": [(adapter, 1.0, {}), (adapter, 1.0, {"strength_patch": 0.5})],
+}
+
+
+@pytest.mark.parametrize("kind", PATCHES)
+def test_the_fingerprint_knows_whatever_a_patch_is_made_of(kind):
+    def patched(make, number, strengths):
+        model = comfy_model()
+        model.add_patches({KEY: make(model, number)}, **strengths)
+        return bridge.fingerprint(model), bridge._weight(model, KEY, model.model.state_dict()[KEY])
+
+    one, other = PATCHES[kind]
+    (first, weight), (same_again, _), (second, changed) = (patched(*w) for w in (one, one, other))
+    assert first == same_again and first["all_of_patches"] != second["all_of_patches"]
+    assert not torch.equal(weight, changed)
+    assert of_base(first, second) == ["other patches (LoRAs)"]
+    older = {part: text for part, text in first.items() if part != "all_of_patches"}
+    assert of_base(older, first) == []  # a run of before that part was noted
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_the_weights_of_a_merged_model_are_in_the_fingerprint(other):
+    found = []
+    for seed in (1, 2 if other else 1):
+        model = comfy_model()
+        model.add_patches({KEY: merged_with(comfy_model(seed=seed), model)}, 0.5, 0.5)
+        found.append(bridge.fingerprint(model))
+    assert (found[0] != found[1]) == other
+
+
+def test_the_fingerprints_of_older_runs_still_hold():
+    model = comfy_model()
+    assert bridge.fingerprint(model)["patches"] == ""
+    model.add_patches({KEY: adapter(model, 1.0)}, 0.8)
+    assert bridge.fingerprint(model)["patches"] == "d4760cd4e83e09e8"  # as before 0.2
+
+
+def test_the_schedule_is_part_of_a_base():
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    def described(how: str, zsnr: bool) -> dict[str, str]:
+        return ModelBase(ModelSamplingDiscrete().patch(comfy_model(), how, zsnr)[0]).fingerprint()
+
+    plain = ModelBase(comfy_model()).fingerprint()
+    assert of_base(plain, described("eps", False)) == []
+    for how in (("v_prediction", False), ("eps", True)):
+        assert of_base(plain, described(*how)) == ["another schedule"]
+    assert of_base(bridge.fingerprint(comfy_model()), plain) == []  # a run of before
+    assert plain["schedule"].startswith("epsilon, 1000 steps: 0.999, ")
 
 
 def test_another_family_is_refused_by_name():

@@ -271,7 +271,8 @@ CHANGES = {
         {"data": mixed_data()},
         "data's sizes was ['64x64'], now ['64x64', '64x96', '96x64']",
     ),
-    "base": ({"seed_of_base": 1}, "the base has other weights"),
+    "base": ({"base": {"seed": 1}}, "the base has other weights"),
+    "schedule": ({"base": {"prediction": "V_PREDICTION"}}, "the base has another schedule"),
     "monitor": ({"monitor": monitoring()}, "a monitor was not connected"),
 }
 
@@ -280,8 +281,8 @@ CHANGES = {
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "cancelled"])
 def test_what_changed_is_said_and_a_new_run_begins(root, monkeypatch, change, finished):
     how, said = CHANGES[change]
-    model = comfy_model(seed=how.get("seed_of_base", 0))
-    how = {name: value for name, value in how.items() if name != "seed_of_base"}
+    model = comfy_model(**how.get("base", {}))
+    how = {name: value for name, value in how.items() if name != "base"}
     if finished:
         session(steps=3).train()
     else:

@@ -20,6 +20,7 @@ from personalize.trainers.method import denoising_loss
 from personalize.trainers.methods.a3ft import A3FT
 from personalize.trainers.monitor import stable_loss
 from personalize.trainers.pixel_folder import load_unconditional
+from personalize.trainers.resume import of_base
 from personalize.trainers.unconditional import (
     Unconditional,
     UnconditionalSettings,
@@ -385,6 +386,14 @@ def test_training_goes_on_from_applied_weights_but_not_from_an_adapter():
     assert second.header.base["patches"] and not base.fingerprint()["patches"]
     with pytest.raises(InputError, match="'base' carries a time-aware adapter; connect"):
         base.apply(trained(base)[1]).denoiser()
+
+
+def test_the_schedule_is_part_of_a_base():
+    plain, velocity = tiny_base().fingerprint(), tiny_base(prediction_type="v_prediction")
+    linear = Unconditional(tiny_base().unet, DDIMScheduler(beta_schedule="linear"))
+    assert of_base(plain, tiny_base().fingerprint()) == []
+    for other in (velocity, linear):
+        assert of_base(plain, other.fingerprint()) == ["another schedule"]
 
 
 # Sampling

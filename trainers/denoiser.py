@@ -126,6 +126,13 @@ def every_module(network: nn.Module) -> Iterator[nn.Module]:
         found += [child for child in module._modules.values() if child is not None]
 
 
+def described_schedule(alphas_cumprod: Tensor, prediction_type: str) -> str:
+    """Say what a base is trained with, alike on every device: its prediction and some alphas."""
+    count = len(alphas_cumprod)
+    shown = [f"{float(alpha):.3g}" for alpha in alphas_cumprod[:: max(1, count // 8)]]
+    return f"{prediction_type}, {count} steps: {', '.join([*shown, f'{alphas_cumprod[-1]:.3g}'])}"
+
+
 def noise_schedule(alphas_cumprod: Tensor, prediction_type: str) -> DDPMScheduler:
     """Build diffusers' scheduler with exactly these cumulative alphas (T,)."""
     alphas_cumprod = alphas_cumprod.detach().double().cpu()

@@ -20,7 +20,10 @@ BASE = {
     "geometry": "another size",
     "weights": "other weights",
     "patches": "other patches (LoRAs)",
+    "all_of_patches": "other patches (LoRAs)",
+    "schedule": "another schedule",
 }
+SINCE = ("all_of_patches", "schedule")  # of the base, that runs of before did not note
 
 Inputs = Mapping[str, Any]  # what run.json holds: the header, the monitor, a sketch of the data
 
@@ -85,7 +88,7 @@ def changes(before: Inputs, now: Inputs, defaults: Inputs) -> list[str]:
         return [f"the method was {before.get('method')}, now {now['method']}"]
     told = list(differing(dict(defaults) | (before.get("settings") or {}), now["settings"]))
     base = before.get("base") or {}
-    told += [f"the base has {BASE[part]}" for part in BASE if base.get(part) != now["base"][part]]
+    told += [f"the base has {other}" for other in of_base(base, now["base"])]
     if before.get("data") != now["data"]:
         told += of_data(before.get("dataset") or {}, now.get("dataset") or {})
     elif "encoded" in before and not near(before["encoded"], now["encoded"]):
@@ -93,6 +96,12 @@ def changes(before: Inputs, now: Inputs, defaults: Inputs) -> list[str]:
     prompts = ("instance_prompt", "class_prompt")
     told += differing({n: before.get(n) for n in prompts}, {n: now[n] for n in prompts})
     return told + list(of_monitor(before.get("monitor"), now["monitor"]))
+
+
+def of_base(before: Inputs, now: Inputs) -> list[str]:
+    """Say what differs between bases, each kind of difference once."""
+    noted = [part for part in BASE if part not in SINCE or (part in before and part in now)]
+    return list(dict.fromkeys(BASE[p] for p in noted if before.get(p) != now.get(p)))
 
 
 def of_data(before: Inputs, now: Inputs) -> Iterator[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .artifact import Personalization
 from .data import Example, PersonalData, Wording
-from .denoiser import Denoiser
+from .denoiser import Denoiser, described_schedule
 from .edits import Edit, of_weights, parameter_name
 from .errors import InputError
 from .method import generator
@@ -172,6 +172,9 @@ class Unconditional:
             "geometry": geometry.hexdigest()[:16],
             "weights": weights.hexdigest()[:16],
             "patches": patches.hexdigest()[:16] if self.applied else "",
+            "schedule": described_schedule(
+                self.schedule.alphas_cumprod, self.schedule.config["prediction_type"]
+            ),
         }
 
 
