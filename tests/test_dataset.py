@@ -5,12 +5,16 @@ import functools
 import comfy.sd
 import pytest
 import torch
+from comfy.sd1_clip import SD1Tokenizer
+from comfy.sdxl_clip import SDXLTokenizer
+from comfy.text_encoders.sd2_clip import SD2Tokenizer
 
 from personalize.demo.base_model import TEXT_CONFIG, TinyVAE
-from personalize.nodes.data import Dataset
+from personalize.nodes.data import Dataset, encode_text, words_in
 from personalize.nodes.demo import build_clip
 from personalize.nodes.fit import fitted, opaque
 from personalize.nodes.request import unpack
+from personalize.trainers.data import words_of
 from personalize.trainers.errors import InputError
 from tests.tiny import noise
 
@@ -194,6 +198,53 @@ def test_the_text_states_are_those_of_the_captions(vae):
     assert torch.allclose(data.empty.context, states("").float(), atol=1e-5)
     contexts = [example.context for example in data.training + data.prior] + [data.empty.context]
     assert len({context.numpy().tobytes() for context in contexts}) == 5
+
+
+LONG = "a zib totem with " + "a very long beard and " * 20 + "a hat"
+
+
+def spelled(text: str) -> int:
+    """Count a text's tokens, start and end among them."""
+    return len(clip().tokenizer.clip_l.tokenizer(text)["input_ids"])
+
+
+def test_words_are_told_from_padding(vae):
+    data = prepared(vae, captions="one\na zib totem\na (zib:1.5) totem")
+    for example in data.training:
+        count = spelled(example.caption)
+        assert example.words.tolist() == [True] * count + [False] * (77 - count)
+    assert data.empty.words.sum() == 2  # start and end
+    assert spelled("a zib totem") > 4
+    stated = words_of(data.training)
+    assert stated.shape == (3, 77, spelled("a (zib:1.5) totem"))
+    assert [int(words.sum()) for words in stated] == [int(e.words.sum()) for e in data.training]
+
+
+def test_every_chunk_of_a_long_text_has_words_and_padding():
+    said = encode_text(clip(), LONG)
+    first, second = said.words.chunk(2)
+    assert said.context.shape[0] == len(said.words) == 154
+    assert first[:70].all() and second[:2].all() and not second[70:].any()
+    # each chunk has a start and an end
+    assert said.words.sum() == spelled(LONG) + 2
+    assert said.words.sum() < 154
+
+
+@pytest.mark.parametrize("kind", [SD1Tokenizer, SD2Tokenizer, SDXLTokenizer])
+@pytest.mark.parametrize("text", ["", "a zib totem", LONG])
+def test_every_clip_pads_in_its_own_way_and_has_the_same_words(kind, text):
+    tokens = kind().tokenize_with_weights(text)
+    length = sum(map(len, next(iter(tokens.values()))))
+    for encoder, chunks in tokens.items():
+        words = words_in({encoder: chunks}, length)
+        assert torch.equal(words, words_in(clip().tokenize(text), length)), encoder
+
+
+def test_embeddings_are_words_and_tokens_of_other_encoders_are_not_looked_at():
+    chunk = [(49406, 1.0), (noise(768), 1.0), (49407, 1.0), (49407, 1.0)]
+    assert words_in({"l": [chunk]}, 4).tolist() == [True, True, True, False]
+    assert words_in({"l": [chunk]}, 8) is None
+    assert words_in({"t5xxl": [[(3, 1.0), (1, 1.0), (0, 1.0)]]}, 3) is None
 
 
 # Captions
