@@ -4,7 +4,7 @@ A folder is named by a hash of all that decides what is in it, and holds
 
     cell.json       what was asked, and what was measured while it trained; written last
     history.jsonl   the run's own history
-    samples.png     a row for every (step, noise, prompt), a column for every start noise
+    samples.png     a row for every (step, draw, prompt), a column for every picture of it
 """
 
 import hashlib
@@ -28,10 +28,12 @@ from demo.run import training_node
 from headless import Comfy, Graph, fill_defaults
 from headless.client import Result
 
-from .configurations import Configuration
+from . import ROOT
+from .configurations import BASE, CONFIGURATIONS, Configuration
+from .provenance import code_hash
 from .servers import Meter, Worker, peak_memory, reset_peak_memory, workers
 
-FORMAT = 1  # of a folder and what is measured: raise it, and every cell is made anew
+FORMAT = 2  # of a folder and what is measured: raise it, and every cell is made anew
 SIDE = 128  # pixels
 CLASS_PROMPTS = (
     "a totem in a meadow",
@@ -45,7 +47,9 @@ OTHER_PROMPTS = (
     "a big dotted yellow heart at night",
     "a small checkered purple ring at the top on a grey background",
 )
-NOISE, REFERENCE_NOISES = 0, (1000, 1001, 1002)  # seeds: of every cell; the base's others
+REFERENCE_DRAWS = (1, 2, 3)  # of start noise, by the base alone; draw 0 is every cell's
+BASE_FILE = ROOT / "demo" / "base.safetensors"
+MOST_PICTURES = len(world.BACKGROUNDS) - 2  # to train on; the subject is asked for on the others
 MEMORY_STEPS = 12
 TRAIN = "train"  # the training node's title
 
@@ -57,15 +61,20 @@ class Plan:
     steps: int = 200
     batch_size: int = 2
     pictures: int = 5  # to train on
-    held_out: int = 4  # kept out of training; on other backgrounds than those
+    held_out: int = 4  # kept out of training
     samples: int = 4  # of every prompt
     sampler_steps: int = 12  # of DPM++ 2M, half the work of 25 Euler steps
     trajectory: tuple[int, ...] = ()  # multiples of the first: the subject is sampled then too
 
+    @property
+    def steps_on_the_way(self) -> tuple[int, ...]:
+        """Return the trajectory with its end; () without one."""
+        return (*self.trajectory, self.steps) if self.trajectory else ()
+
     def subject_prompts(self, subject: int) -> list[str]:
-        """Ask for the subject on backgrounds that it was not trained on."""
-        drawn = world.subject_pictures(subject, self.pictures + self.held_out)
-        return [caption for _, caption in drawn[self.pictures :]]
+        """Ask for the subject on (up to 4) backgrounds that it was not trained on."""
+        drawn = world.subject_pictures(subject, len(world.BACKGROUNDS))  # one on each
+        return [caption for _, caption in drawn[self.pictures :]][:4]
 
 
 @dataclass(frozen=True)
@@ -73,31 +82,36 @@ class Row:
     """Some samples of one prompt: by the base (step 0) or by what was learned up to a step."""
 
     step: int
-    noise: int  # seed
+    draw: int  # of start noise: 0 or one of REFERENCE_DRAWS
     prompt: str
 
 
 @dataclass(frozen=True)
 class Task:
-    """A cell, there already or not. The base's is the same for every subject and seed."""
+    """A cell, there already or not. The base's is the same for every subject."""
 
     configuration: Configuration
     subject: int
     seed: int
     plan: Plan
 
+    @property
+    def base(self) -> "Task":
+        """Return the base's cell of the same start noise."""
+        return replace(self, configuration=CONFIGURATIONS[BASE], subject=0)
+
     @cached_property
     def rows(self) -> list[Row]:
         """Return what is sampled, in order."""
         if not self.configuration.method:
             named = [world.subject_caption(background) for background in world.BACKGROUNDS]
-            rows = [Row(0, NOISE, text) for text in (*named, *CLASS_PROMPTS, *OTHER_PROMPTS)]
-            others = ((n, text) for n in REFERENCE_NOISES for text in CLASS_PROMPTS + OTHER_PROMPTS)
-            return rows + [Row(0, noise, text) for noise, text in others]
+            rows = [Row(0, 0, text) for text in (*named, *CLASS_PROMPTS, *OTHER_PROMPTS)]
+            others = ((d, text) for d in REFERENCE_DRAWS for text in CLASS_PROMPTS + OTHER_PROMPTS)
+            return rows + [Row(0, draw, text) for draw, text in others]
         named = self.plan.subject_prompts(self.subject)
-        on_the_way = [Row(step, NOISE, text) for step in self.plan.trajectory for text in named]
+        on_the_way = [Row(step, 0, text) for step in self.plan.trajectory for text in named]
         everything = (*named, *CLASS_PROMPTS, *OTHER_PROMPTS)
-        return on_the_way + [Row(self.plan.steps, NOISE, text) for text in everything]
+        return on_the_way + [Row(self.plan.steps, 0, text) for text in everything]
 
     @cached_property
     def key(self) -> str:
@@ -116,8 +130,12 @@ class Task:
         rows = [list(asdict(row).values()) for row in self.rows]
         if not self.configuration.method:
             sampling = {name: plan[name] for name in ("samples", "sampler_steps")}
-            return how | {"plan": sampling, "rows": rows}
+            return how | {"seed": self.seed, "plan": sampling, "rows": rows}
         return how | {"subject": self.subject, "seed": self.seed, "plan": plan, "rows": rows}
+
+    def noise_seed(self, row: Row) -> int:
+        """Return the seed that a row's start noise is drawn from."""
+        return self.seed + 1000 * row.draw
 
     def load(self, cache: Path) -> "Cell | None":
         """Return the cell when it is there."""
@@ -128,7 +146,8 @@ class Task:
         page = torch.from_numpy(np.array(Image.open(folder / "samples.png"))).float() / 255
         squares = page.unflatten(0, (-1, SIDE)).unflatten(2, (-1, SIDE)).transpose(1, 2)
         history = [json.loads(line) for line in (folder / "history.jsonl").open()]
-        return Cell(dict(zip(self.rows, squares, strict=True)), kept["facts"], history)
+        samples = dict(zip(self.rows, squares, strict=True))
+        return Cell(samples, kept["facts"], history, kept["code"])
 
     def make(self, worker: Worker, cache: Path) -> "Cell":
         """Return the cell, computed on a server if it is not there."""
@@ -141,8 +160,8 @@ class Task:
         facts = train(worker, self, temporary)
         page = sample(worker.comfy, self)
         Image.fromarray(page).save(temporary / "samples.png")
-        kept = json.dumps({"facts": facts, "spec": self.spec()}, indent=1)
-        (temporary / "cell.json").write_text(kept + "\n")
+        kept = {"facts": facts, "code": code_hash(BASE_FILE), "spec": self.spec()}
+        (temporary / "cell.json").write_text(json.dumps(kept, indent=1) + "\n")
         temporary.rename(cache / self.key)
         made = self.load(cache)
         assert made is not None
@@ -156,12 +175,11 @@ class Cell:
     samples: dict[Row, Tensor]  # (N, H, W, 3) in [0, 1] each
     facts: dict[str, float | None]
     history: list[dict[str, float]]
+    code: str  # hash of what made it
 
-    def pictures(
-        self, step: int, prompts: Iterable[str], noises: Iterable[int] = (NOISE,)
-    ) -> Tensor:
+    def pictures(self, step: int, prompts: Iterable[str], draws: Iterable[int] = (0,)) -> Tensor:
         """Return the samples of some prompts, one prompt after the other."""
-        rows = [Row(step, noise, prompt) for noise in noises for prompt in prompts]
+        rows = [Row(step, draw, prompt) for draw in draws for prompt in prompts]
         return torch.cat([self.samples[row] for row in rows])
 
 
@@ -249,7 +267,7 @@ def sample(comfy: Comfy, task: Task) -> np.ndarray:
         models[step] = (graph.add("PersonalizeLoad", **load, strength=1.0), 0)
     how = {"sampler_name": "dpmpp_2m", "steps": task.plan.sampler_steps}
     saved = [
-        graph.pictures(base, models[row.step], row.prompt, latent, seed=row.noise, **how)
+        graph.pictures(base, models[row.step], row.prompt, latent, seed=task.noise_seed(row), **how)
         for row in task.rows
     ]
     result = comfy.run(fill_defaults(graph, known))

@@ -3,27 +3,29 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from .configurations import BASE, BASELINE
+from .configurations import BASE
 from .gain import interval
 from .scores import Scores
 
-LADDER = (BASE, "lora-slow", BASELINE, "lora-fast")
-Table = dict[str, dict[tuple[int, int], Scores]]  # method -> (subject, seed) -> scores
+Key = tuple[Any, int]  # subject (or subjects), seed
+Table = dict[str, dict[Key, Scores]]  # by method
+Differences = dict[str, dict[str, float]]  # by score: mean, low and high of 95 %, n subjects
 
 
-def mean_scores(cells: Mapping[tuple[int, int], Scores]) -> Scores:
+def mean_scores(cells: Mapping[Key, Scores]) -> Scores:
     """Return the means over subjects of the means over seeds."""
     per_subject = by_subject(cells)
     names = dict.fromkeys(name for row in per_subject.values() for name in row)
     return {name: mean(row[name] for row in per_subject.values() if name in row) for name in names}
 
 
-def by_subject(cells: Mapping[tuple[int, int], Scores]) -> dict[int, Scores]:
+def by_subject(cells: Mapping[Key, Scores]) -> dict[Any, Scores]:
     """Return each subject's means over its seeds."""
-    groups: defaultdict[int, list[Scores]] = defaultdict(list)
+    groups: defaultdict[Any, list[Scores]] = defaultdict(list)
     for (subject, _), row in cells.items():
         groups[subject].append(row)
     return {
@@ -32,9 +34,7 @@ def by_subject(cells: Mapping[tuple[int, int], Scores]) -> dict[int, Scores]:
     }
 
 
-def paired(
-    cells: Mapping[tuple[int, int], Scores], others: Mapping[tuple[int, int], Scores]
-) -> dict[str, dict[str, float]]:
+def paired(cells: Mapping[Key, Scores], others: Mapping[Key, Scores]) -> Differences:
     """Compare two methods on the subjects and seeds that both have: mean difference, 95 % interval.
 
     Student's t over subjects, each the mean of its seeds. n is the number of subjects; one alone
@@ -60,26 +60,38 @@ def paired(
     return result
 
 
-def at_equal_similarity(table: Table, name: str) -> dict[str, dict[str, float]]:
-    """Compare a row with LoRA trained just as far: differences as in `paired`."""
-    alike = {
-        key: found
-        for key, row in table[name].items()
-        if (found := interpolated(ladder_of(table, key), row["subject_similarity"])) is not None
+def ladder(name: str) -> tuple[str, ...]:
+    """Return the rows between which a row that was learned at three rates is interpolated."""
+    return BASE, f"{name}-slow", name, f"{name}-fast"
+
+
+def at_equal_similarity(table: Table, name: str, other: str) -> tuple[Differences, dict[str, int]]:
+    """Compare a row with another one trained just as far: differences as in `paired`, and counts.
+
+    Cells that are more (or less) similar than the whole ladder of the other row are left out; the
+    counts say how many of the cells and subjects remain. Both are {} without that ladder.
+    """
+    if not set(ladder(other)) <= table.keys():
+        return {}, {}
+    rungs = [table[rung] for rung in ladder(other)]
+    keys = [key for key in table[name] if all(key in rung for rung in rungs)]
+    places = {key: table[name][key]["subject_similarity"] for key in keys}
+    found = {key: interpolated([rung[key] for rung in rungs], places[key]) for key in keys}
+    alike = {key: row for key, row in found.items() if row is not None}
+    counts = {
+        "cells": len(alike),
+        "of_cells": len(keys),
+        "subjects": len({subject for subject, _ in alike}),
+        "of_subjects": len({subject for subject, _ in keys}),
     }
-    return paired(table[name], alike)
+    return paired(table[name], alike), counts
 
 
-def ladder_of(table: Table, key: tuple[int, int]) -> list[Scores]:
-    """Return the base and the LoRAs of one subject and seed."""
-    return [table[rung][key] for rung in LADDER if key in table.get(rung, {})]
-
-
-def interpolated(ladder: Sequence[Scores], similarity: float) -> Scores | None:
+def interpolated(rungs: Sequence[Scores], similarity: float) -> Scores | None:
     """Return the scores between those of a ladder; None where none is as similar."""
-    rungs = sorted(ladder, key=lambda row: row["subject_similarity"])
+    rungs = sorted(rungs, key=lambda row: row["subject_similarity"])
     places = [row["subject_similarity"] for row in rungs]
-    if not rungs or not places[0] <= similarity <= places[-1]:
+    if not places[0] <= similarity <= places[-1]:
         return None
     return {
         name: float(np.interp(similarity, places, [row[name] for row in rungs]))

@@ -41,23 +41,26 @@ def features(pictures: Tensor) -> Tensor:
 
 
 def drift(samples: Tensor, reference: Tensor) -> float:
-    """Return the energy distance of two sets of features, (N, J, D) and (M, J, D).
+    """Return the mean over P prompts of the energy distance, (P, N, J, D) from (P, M, J, D).
 
-    2 E|x - y| - E|x - x'| - E|y - y'| (Szekely & Rizzo 2013), unbiased, where the features of each
-    of J judges are scaled to mean distance 1 within the reference. Two draws of one distribution
-    give 0 on average, now and then less. Chosen over KID for its light tails: samples are few.
+    2 E|x - y| - E|x - x'| - E|y - y'| (Szekely & Rizzo 2013) of each prompt's N samples from its M
+    reference ones, where the features of each of J judges are scaled to mean distance 1 within the
+    whole reference. Two draws of one distribution give 0 on average, now and then less; sets that
+    mix prompts would not, as their pairs of one prompt are fewer the smaller the set is. Chosen
+    over KID for its light tails: samples are few.
     """
-    total = 0.0
-    for x, y in zip(samples.unbind(1), reference.unbind(1), strict=True):
-        within = off_diagonal_mean(torch.cdist(y, y))
-        across = torch.cdist(x, y).mean()
-        total += float((2 * across - off_diagonal_mean(torch.cdist(x, x)) - within) / within)
-    return total / samples.shape[1]
+    found = []
+    for x, y in zip(samples.unbind(2), reference.unbind(2), strict=True):  # (P, N, D), (P, M, D)
+        energy = 2 * torch.cdist(x, y).mean() - distance_within(x) - distance_within(y)
+        found.append(energy / distance_within(y.flatten(0, 1)))
+    return float(torch.stack(found).mean())
 
 
-def off_diagonal_mean(square: Tensor) -> Tensor:
-    """Return the mean of a square matrix without its diagonal."""
-    return (square.sum() - square.trace()) / (len(square) * (len(square) - 1))
+def distance_within(points: Tensor) -> Tensor:
+    """Return the mean distance of two different ones of (..., N, D), over all sets of N."""
+    distances, count = torch.cdist(points, points), points.shape[-2]
+    diagonal = distances.diagonal(dim1=-2, dim2=-1)
+    return (distances.sum((-2, -1)) - diagonal.sum(-1)).mean() / (count * (count - 1))
 
 
 @torch.no_grad()

@@ -7,15 +7,18 @@ benchmarks/work/quality/, so an interrupted run goes on where it was, and a tabl
 a Markdown table of means, and one of the differences to LoRA on the same subjects and seeds: their
 mean with its 95 % interval (Student's t over subjects, each the mean of its seeds). Who learns less
 drifts less; so a third table compares each with LoRA at equal subject similarity, interpolated
-between the base and LoRAs of rising learning rates. What is more similar than these is left out.
+between the base and LoRAs of three learning rates; PaRa with such LoRAs of its own rank and layers,
+too. Cells that are more similar than all of these are left out: the table says how many remain.
+
+The sampling noise follows from the seed of training, so that it is in the intervals as well.
 
     subject similarity   of "a zib totem …" with held-out pictures of the subject, mean cosine; its
                          prompts name backgrounds that it was not trained on
     class leak           the same similarity of "a totem …", with and without named parts
     subject following    share of what the subject's prompts name that their samples show
     other following      the same for prompts of other sprites
-    class drift          energy distance from the base's samples of "a totem …"; that of the base
-                         itself, from other noise, is its floor
+    prior drift          energy distance from the base's samples of "a totem …", prompt by prompt;
+                         that of the base itself, from other noise, is its floor
     other drift          the same for other sprites
     diversity            mean distance of two samples of one prompt of the subject (LPIPS-like)
     nearest training     mean correlation of a sample's silhouette with the most alike training one
@@ -26,42 +29,57 @@ between the base and LoRAs of rising learning rates. What is more similar than t
                          the base's samples from the same noise
     corruption, one step the same of latents predicted in one step, on held-out pictures
     noise                standard deviation of the grain in the subject's samples, in 1/255
+    dead sigmas          share of BNN's sigmas that fell so low that they learn no more
 """
 
 import argparse
 import json
-import math
 import os
+import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
 from headless import OverrideError, PromptFailed
 
-from .cells import CLASS_PROMPTS, OTHER_PROMPTS, Plan, Task, drawn, measure_memory, memory_file
-from .comparisons import LADDER, Table, at_equal_similarity, mean, mean_scores, paired
-from .configurations import ABLATIONS, BASE, BASELINE, CONFIGURATIONS, MAIN, configuration
-from .gain import machine
-from .scores import Scores, scores, subject_scores
+from .cells import (
+    CLASS_PROMPTS,
+    MOST_PICTURES,
+    OTHER_PROMPTS,
+    Plan,
+    Task,
+    drawn,
+    measure_memory,
+    memory_file,
+)
+from .configurations import (
+    ABLATIONS,
+    BASE,
+    BASELINE,
+    CONFIGURATIONS,
+    MAIN,
+    TUNING_SUBJECTS,
+    configuration,
+)
+from .provenance import warn_of_mixed
+from .reports import Tasks, finite, of_each_name, report
 from .servers import Worker, share_out, workers
 from .tables import markdown, sheet
 
 CACHE = Path(__file__).parent / "work" / "quality"
-History = list[dict[str, float]]
+TUNING = {"subjects": ",".join(map(str, TUNING_SUBJECTS)), "seeds": "0"}
+QUICK = {"subjects": "101", "seeds": "0", "steps": 80, "samples": 2}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, compute what is missing, print and save."""
-    options = parser().parse_args(arguments)
-    if options.quick:
-        options = quick(options)
-    names = chosen(options)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parsed(arguments)
     plan = Plan(
         steps=options.steps,
         batch_size=options.batch_size,
@@ -69,19 +87,20 @@ def main(arguments: list[str] | None = None) -> int:
         samples=options.samples,
         trajectory=tuple(numbers(options.trajectory)) if options.trajectory else (),
     )
-    keys = list(product(numbers(options.seeds), numbers(options.subjects)))
     tasks = {
         (name, subject, seed): Task(configuration(name), subject, seed, plan)
-        for seed, subject in keys
-        for name in names
+        for seed, subject in product(numbers(options.seeds), numbers(options.subjects))
+        for name in chosen(options)
     }
-    base = Task(CONFIGURATIONS[BASE], 0, 0, plan)
     failed = []
     if not options.only_kept:
-        failed = compute(tasks, base, options.cache, options.servers)
+        failed = compute(tasks, options.cache, options.servers)
         measure_memories(tasks, options.cache)
-    result = report(tasks, base, options.cache)
-    result["command"] = " ".join(["python -m benchmarks.quality", *(arguments or sys.argv[1:])])
+    result = report(tasks, options.cache)
+    if not result["code"]:
+        raise SystemExit(f"{options.cache} holds none of these cells: run without --only-kept")
+    result["command"] = shlex.join(["python", "-m", "benchmarks.quality", *arguments])
+    warn_of_mixed(result["code"])
     text = markdown(result)
     print(text)
     if options.json:
@@ -89,8 +108,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.markdown:
         options.markdown.write_text(text)
     if options.sheet:
-        picture(tasks, base, options.cache).save(options.sheet, optimize=True)
+        picture(tasks, options.cache).save(options.sheet, optimize=True)
     return 1 if failed else 0
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line; what it gives counts more than what --quick and --tuning stand for."""
+    known = parser()
+    asked = known.parse_args(arguments)
+    known.set_defaults(**(QUICK if asked.quick else {}) | (TUNING if asked.tuning else {}))
+    return known.parse_args(arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,17 +129,36 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--subjects", default="101,102,103,104", help="seeds of the characters")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of training")
     parser.add_argument(
-        "--methods", help=f"of: {', '.join(CONFIGURATIONS)}; default: the main ones"
+        "--methods",
+        help="instead of the main ones, and LoRA; what is compared at equal similarity needs "
+        f"lora-slow and lora-fast too. Of: {', '.join(CONFIGURATIONS)}; with other settings: "
+        "lora@rank=2+learning_rate=1e-4",
     )
     parser.add_argument("--ablations", action="store_true", help="the variants of methods as well")
     parser.add_argument("--steps", type=int, default=Plan.steps, help="training steps")
     parser.add_argument("--batch-size", type=int, default=Plan.batch_size)
-    parser.add_argument("--pictures", type=int, default=Plan.pictures, help="to train on")
-    parser.add_argument("--samples", type=int, default=Plan.samples, help="pictures of each prompt")
+    parser.add_argument(
+        "--pictures",
+        type=number(1, MOST_PICTURES),
+        default=Plan.pictures,
+        help=f"to train on, up to {MOST_PICTURES}: the other backgrounds are asked for",
+    )
+    parser.add_argument(
+        "--samples", type=number(2, 64), default=Plan.samples, help="pictures of each prompt"
+    )
     parser.add_argument(
         "--trajectory", metavar="STEPS", help="sample at these steps too, multiples of the first"
     )
-    parser.add_argument("--quick", action="store_true", help="a small version, under 10 minutes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a small version, under 10 minutes: {said(QUICK)}, where not given",
+    )
+    parser.add_argument(
+        "--tuning",
+        action="store_true",
+        help=f"on subjects that are never reported: {said(TUNING)}, where not given",
+    )
     parser.add_argument(
         "--only-kept", action="store_true", help="train nothing: show what is there"
     )
@@ -124,13 +170,21 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def quick(options: argparse.Namespace) -> argparse.Namespace:
-    """Make everything small that was not asked for otherwise."""
-    small = {"subjects": "101", "seeds": "0", "steps": 80, "samples": 2}
-    given = vars(options)
-    default = vars(parser().parse_args([]))
-    kept = {name: value for name, value in small.items() if given[name] == default[name]}
-    return argparse.Namespace(**given | kept)
+def number(low: int, high: int) -> Callable[[str], int]:
+    """Return a reader of integers in a range."""
+
+    def read(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not in {low} to {high}")
+        return value
+
+    return read
+
+
+def said(options: dict[str, object]) -> str:
+    """Write options as on the command line."""
+    return " ".join(f"--{name} {value}" for name, value in options.items())
 
 
 def default_servers() -> int:
@@ -153,21 +207,15 @@ def chosen(options: argparse.Namespace) -> list[str]:
     return [name for name in dict.fromkeys([BASELINE, *names]) if name != BASE]
 
 
-Tasks = Mapping[tuple[str, int, int], Task]
-
-
-def compute(tasks: Tasks, base: Task, cache: Path, servers: int) -> list[str]:
+def compute(tasks: Tasks, cache: Path, servers: int) -> list[str]:
     """Make the cells that are missing; return what failed, which is said and does not end it."""
-    wanted = {task.key: (label, task) for label, task in tasks.items()}
-    missing = {"base": base} if base.load(cache) is None else {}
-    missing |= {
-        " ".join(map(str, label)): task
-        for label, task in wanted.values()
-        if task.load(cache) is None
-    }
+    named = {f"base {task.seed}": task.base for task in tasks.values()}
+    named |= {" ".join(map(str, label)): task for label, task in tasks.items()}
+    wanted = {task.key: (label, task) for label, task in named.items()}  # rows may be alike
+    missing = {label: task for label, task in wanted.values() if task.load(cache) is None}
     if not missing:
         return []
-    print(f"{len(tasks) + 1 - len(missing)} cells are there, {len(missing)} to do", file=sys.stderr)
+    print(f"{len(wanted) - len(missing)} cells are there, {len(missing)} to do", file=sys.stderr)
 
     def one(worker: Worker, label: str) -> tuple[str, str]:
         try:
@@ -198,104 +246,14 @@ def measure_memories(tasks: Tasks, cache: Path) -> None:
             measure_memory(task, cache)
 
 
-def of_each_name(tasks: Tasks) -> dict[str, Task]:
-    """Return the first task of every row."""
-    return {name: task for (name, _, _), task in reversed(list(tasks.items()))}
-
-
-def report(tasks: Tasks, base: Task, cache: Path) -> dict[str, Any]:
-    """Score every cell that is there and compare."""
-    of_base = base.load(cache)
-    if of_base is None:
-        raise SystemExit(f"{cache} does not hold the base's samples: run without --only-kept")
-    table: Table = {BASE: {}}
-    trajectories: dict[str, dict[str, list[Scores]]] = {}
-    histories: dict[str, list[History]] = {}
-    for (name, subject, seed), task in tasks.items():
-        cell = task.load(cache)
-        if cell is None:
-            continue
-        table[BASE][subject, seed] = scores(of_base, of_base, task)
-        table.setdefault(name, {})[subject, seed] = scores(cell, of_base, task)
-        histories.setdefault(name, []).append(cell.history)
-        for step in (*task.plan.trajectory, *([task.plan.steps] if task.plan.trajectory else [])):
-            row = subject_scores(cell, of_base, task, step)
-            trajectories.setdefault(name, {}).setdefault(str(step), []).append(row)
-    methods = {name: mean_scores(cells) for name, cells in table.items()}
-    for name, task in of_each_name(tasks).items():
-        kept = memory_file(task, cache)
-        if name in methods and kept.exists():
-            methods[name] |= json.loads(kept.read_text())
-    names = [name for name in table if name not in (BASE, BASELINE)]
-    variants = {n: configuration(n).against for n in names}
-    return {
-        "machine": machine(),
-        "cells": f"{sum(map(len, table.values())) - len(table[BASE])} trainings; "
-        f"{describe(next(iter(tasks.values())).plan)}",
-        "methods": methods,
-        "paired": {name: paired(table[name], table[BASELINE]) for name in names},
-        "matched": {
-            name: found
-            for name in names
-            if name not in LADDER and (found := at_equal_similarity(table, name))
-        },
-        "variants": {
-            f"{name} - {other}": paired(table[name], table[other])
-            for name, other in variants.items()
-            if other != BASELINE and other in table
-        },
-        "gamma": {
-            name: gammas(of_name)
-            for name, of_name in histories.items()
-            if any("gamma_0" in line for line in of_name[0])
-        },
-        "trajectory": {
-            name: {
-                step: {key: mean(row[key] for row in rows) for key in rows[0]}
-                for step, rows in steps.items()
-            }
-            for name, steps in trajectories.items()
-        },
-    }
-
-
-def gammas(histories: Sequence[History]) -> dict[str, list[float]]:
-    """Return APT's indicator in every bin of timesteps, low ones first, over the steps."""
-    steps = [[line for line in history if "gamma_0" in line] for history in histories]
-    count = min(map(len, steps))
-    result = {}
-    for tenths in (1, 2, 5, 10):
-        lines = [of_run[max(0, count * tenths // 10 - 1)] for of_run in steps]
-        bins = sum(key.startswith("gamma_") for key in lines[0])
-        result[str(int(lines[0]["step"]))] = [
-            mean(line[f"gamma_{bin}"] for line in lines) for bin in range(bins)
-        ]
-    return result
-
-
-def describe(plan: Plan) -> str:
-    """Say what all cells share."""
-    return (
-        f"{plan.steps} steps of batch {plan.batch_size} on {plan.pictures} pictures, "
-        f"{plan.samples} samples of a prompt"
-    )
-
-
-def finite(value: Any) -> Any:
-    """Return JSON values with null for what is not a number, as strict readers want it."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def picture(tasks: Tasks, base: Task, cache: Path) -> Image.Image:
+def picture(tasks: Tasks, cache: Path) -> Image.Image:
     """Draw the sheet of the first subject and seed: two samples of each kind of prompt."""
-    _, subject, seed = next(iter(tasks))
-    plan = base.plan
+    (_, subject, seed), task = next(iter(tasks.items()))
+    plan = task.plan
     prompts = [*plan.subject_prompts(subject)[:2], *CLASS_PROMPTS[1:3], *OTHER_PROMPTS[:2]]
     heads = [short(text) for text in prompts for _ in range(2)]
     rows = {}
-    named = {(BASE, subject, seed): base} | dict(tasks)
+    named = {(BASE, subject, seed): task.base} | dict(tasks)
     for (name, *which), task in named.items():
         cell = task.load(cache) if which == [subject, seed] else None
         if cell is not None:

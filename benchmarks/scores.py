@@ -3,7 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .cells import CLASS_PROMPTS, OTHER_PROMPTS, REFERENCE_NOISES, Cell, Task, drawn
+import torch
+from torch import Tensor
+
+from .cells import CLASS_PROMPTS, OTHER_PROMPTS, REFERENCE_DRAWS, Cell, Task, drawn
 from .metrics import (
     corruption_index,
     diversity,
@@ -16,7 +19,7 @@ from .metrics import (
 )
 
 REFERENCES = 8  # held-out pictures of the subject that samples are compared with
-COSTS = ("parameters", "file_size", "steps_per_second", "peak_memory")
+FACTS = ("parameters", "file_size", "steps_per_second", "peak_memory", "sigma_floor")
 Scores = dict[str, float]
 
 
@@ -27,17 +30,15 @@ def scores(cell: Cell, base: Cell, task: Task) -> Scores:
     following = prompt_following(others, repeated(OTHER_PROMPTS, task.plan.samples))
     named = subject_scores(cell, base, task, step)
     of_class = cell.pictures(step, CLASS_PROMPTS)
-    drifts = [drift_from(base, cell, step, texts) for texts in (CLASS_PROMPTS, OTHER_PROMPTS)]
     return {
         **named,
         "prompt_following": (named["subject_following"] + following) / 2,
         "other_following": following,
         "class_leak": subject_similarity(of_class, drawn(task.subject, REFERENCES, "held-out")),
-        "prior_drift": sum(drifts) / 2,
-        "class_drift": drifts[0],
-        "other_drift": drifts[1],
+        "prior_drift": drift_from(base, cell, step, CLASS_PROMPTS),
+        "other_drift": drift_from(base, cell, step, OTHER_PROMPTS),
         **loss_scores(cell.facts),
-        **costs(cell.facts),
+        **{name: cell.facts[name] for name in FACTS if cell.facts.get(name) is not None},
     }
 
 
@@ -69,8 +70,11 @@ def repeated(prompts: Iterable[str], count: int) -> list[str]:
 
 def drift_from(base: Cell, cell: Cell, step: int, prompts: Sequence[str]) -> float:
     """Return how far the samples of some prompts are from the base's, of other noise."""
-    reference = features(base.pictures(0, prompts, REFERENCE_NOISES))
-    return drift(features(cell.pictures(step, prompts)), reference)
+
+    def seen(by: Cell, step: int, draws: Sequence[int]) -> Tensor:
+        return torch.stack([features(by.pictures(step, [text], draws)) for text in prompts])
+
+    return drift(seen(cell, step, [0]), seen(base, 0, REFERENCE_DRAWS))
 
 
 def loss_scores(facts: Mapping[str, Any]) -> Scores:
@@ -83,8 +87,3 @@ def loss_scores(facts: Mapping[str, Any]) -> Scores:
     scale = facts["held_out_loss_of_base"]
     found = {"loss_gap": (gap - gap_of_base) / scale, "held_out_loss": held_out}
     return found | {"latent_corruption": facts["corruption"]}
-
-
-def costs(facts: Mapping[str, Any]) -> Scores:
-    """Return what a training took, as far as it could be measured."""
-    return {name: facts[name] for name in COSTS if facts.get(name) is not None}

@@ -12,11 +12,12 @@ from .cells import SIDE
 from .configurations import BASELINE
 
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "cells": ("cells", "{:.0f}".format),
     "subject_similarity": ("subject similarity ↑", "{:.3f}".format),
     "class_leak": ("class leak ↓", "{:.3f}".format),
     "subject_following": ("subject following ↑", "{:.3f}".format),
     "other_following": ("other following ↑", "{:.3f}".format),
-    "class_drift": ("class drift ↓", "{:.3f}".format),
+    "prior_drift": ("prior drift ↓", "{:.3f}".format),
     "other_drift": ("other drift ↓", "{:.3f}".format),
     "diversity": ("diversity", "{:.3f}".format),
     "nearest_training": ("nearest training", "{:.3f}".format),
@@ -30,61 +31,101 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "file_size": ("file, MB", lambda value: f"{value / 1e6:.2f}"),
     "steps_per_second": ("steps/s", "{:.2f}".format),
     "peak_memory": ("peak memory, MB", lambda value: f"{value / 1e6:.0f}"),
+    "sigma_floor": ("dead sigmas", "{:.0%}".format),
 }
-TRAJECTORY = (
-    "subject_similarity",
-    "subject_following",
-    "diversity",
-    "nearest_training",
-    "nearest_held_out",
-    "corruption",
-    "noise",
-)
 DIFFERENCES = (
     "subject_similarity",
     "class_leak",
     "subject_following",
     "other_following",
-    "class_drift",
+    "prior_drift",
     "other_drift",
     "diversity",
     "copying",
     "loss_gap",
     "corruption",
     "latent_corruption",
+    "noise",
 )
+Comparisons = Mapping[str, Mapping[str, Mapping[str, float]]]  # by row, by score
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Write the tables."""
     lines = [f"`{result['command']}`", "", f"{result['machine']}. {result['cells']}", ""]
-    lines += markdown_table(
-        ["method", *(title for title, _ in COLUMNS.values())],
+    lines += means("method", result["methods"])
+    for title, comparisons in compared(result).items():
+        lines += ["", f"{title}:", "", *difference_table(comparisons)]
+    for name, steps in result["trajectory"].items():
+        lines += ["", f"{name}, over its steps:", "", *means("step", steps)]
+    for name, steps in result["gamma"].items():
+        lines += ["", f"{name}, its gamma:", "", *gamma_table(steps)]
+    count = sum(map(intervals, compared(result).values()))
+    if count:
+        chance = f"Where nothing differs, 1 in 20 leaves out 0: about {count / 20:.1f} of these."
+        lines += ["", f"{count} intervals are shown. {chance}"]
+    return "\n".join(lines) + "\n"
+
+
+def compared(result: Mapping[str, Any]) -> dict[str, Comparisons]:
+    """Return all paired differences by their title."""
+    matched = {
+        "{} ({cells} of {of_cells} cells, {subjects} of {of_subjects} subjects)".format(
+            label, **result["matched_cells"][label]
+        ): row
+        for label, row in result["matched"].items()
+    }
+    found = {
+        f"Paired differences to {BASELINE} (mean [95 % interval over subjects])": result["paired"],
+        "The same to what each is a variant of": result["variants"],
+        "The same at equal subject similarity; what is beyond the other's is left out": matched,
+    }
+    on_the_way = result["trajectory_differences"]
+    found |= {f"{pair}, over their steps": steps for pair, steps in on_the_way.items()}
+    return {title: comparisons for title, comparisons in found.items() if comparisons}
+
+
+def means(head: str, rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the lines of a table of means; without the columns that no row has."""
+    columns = {key: how for key, how in COLUMNS.items() if any(key in row for row in rows.values())}
+    return markdown_table(
+        [head, *(title for title, _ in columns.values())],
         [
-            [name, *(shown(row.get(key), how) for key, (_, how) in COLUMNS.items())]
-            for name, row in result["methods"].items()
+            [name, *(shown(row.get(key), how) for key, (_, how) in columns.items())]
+            for name, row in rows.items()
         ],
     )
-    for title, comparisons in (
-        (f"Paired differences to {BASELINE} (mean [95 % interval])", result["paired"]),
-        (f"Paired differences to {BASELINE} at equal subject similarity", result["matched"]),
-        ("Paired differences to what each is a variant of", result["variants"]),
-    ):
-        if comparisons:
-            rows = [
-                [name, *(shown_interval(row.get(key)) for key in DIFFERENCES)]
-                for name, row in comparisons.items()
-            ]
-            heads = ["method", *(key.replace("_", " ") for key in DIFFERENCES)]
-            lines += ["", f"{title}:", "", *markdown_table(heads, rows)]
-    for name, steps in result.get("trajectory", {}).items():
-        rows = [
-            [step, *(shown(row[key], COLUMNS[key][1]) for key in TRAJECTORY)]
-            for step, row in steps.items()
+
+
+def difference_table(comparisons: Comparisons, keys: Sequence[str] = DIFFERENCES) -> list[str]:
+    """Return the lines of a table of differences; n is the number of subjects."""
+    keys = [key for key in keys if any(key in row for row in comparisons.values())]
+    heads = ["", "n", *(key.replace("_", " ") for key in keys)]
+    rows = [
+        [
+            name,
+            f"{max((found['n'] for found in row.values()), default=0):.0f}",
+            *(shown_interval(row.get(key)) for key in keys),
         ]
-        heads = ["step", *(COLUMNS[key][0] for key in TRAJECTORY)]
-        lines += ["", f"{name}, over its steps:", "", *markdown_table(heads, rows)]
-    return "\n".join(lines) + "\n"
+        for name, row in comparisons.items()
+    ]
+    return markdown_table(heads, rows)
+
+
+def gamma_table(steps: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return the lines of a table of APT's indicator: bins of timesteps down, steps across."""
+    bins = list(zip(*steps.values(), strict=True))
+    rows = [
+        [f"{b / len(bins):g} to {(b + 1) / len(bins):g}", *map("{:.2f}".format, values)]
+        for b, values in enumerate(bins)
+    ]
+    return markdown_table(["timestep / all", *(f"step {step}" for step in steps)], rows)
+
+
+def intervals(comparisons: Comparisons) -> int:
+    """Count the intervals that are shown."""
+    found = [row[key] for row in comparisons.values() for key in DIFFERENCES if key in row]
+    return sum(not math.isnan(difference["low"]) for difference in found)
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,9 +1,10 @@
 """Two subjects that were learned apart, in one model: PaRa's ways of merging beside two LoRAs.
 
-    python -m benchmarks.together --pairs 101:102,103:104 --seeds 0,1 --json together.json
+    python -m benchmarks.together --pairs 101:102,103:104,105:106,107:108 --json together.json
 
 Trains "a zib totem" and "a wug totem" on one subject each, combines what was learned, and asks for
-both. Prints a Markdown table: means over pairs and seeds.
+both. Prints Markdown tables: means, and paired differences to two LoRAs with their 95 % interval
+(Student's t over pairs, each the mean of its seeds).
 
     apart        each alone in its model: what combining could reach at best
     own          likeness of the subject that was asked for
@@ -13,6 +14,7 @@ both. Prints a Markdown table: means over pairs and seeds.
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,16 +30,20 @@ from demo import world
 from headless import Comfy, Graph, fill_defaults
 from headless.graph import Output
 
-from .cells import REFERENCE_NOISES, SIDE, drawn, images
+from .cells import SIDE, drawn, images
+from .comparisons import Differences, Table, mean_scores, paired
 from .configurations import CONFIGURATIONS
 from .gain import machine
 from .metrics import prompt_following, subject_similarity
+from .reports import finite
 from .servers import Worker, share_out, workers
-from .tables import markdown_table, sheet
+from .tables import difference_table, markdown_table, sheet
 
 NAMES = ("zib", "wug")
 BACKGROUNDS = world.BACKGROUNDS[:3]
 WAYS = ("concat", "sequential", "sum")
+BASELINE = "two LoRAs"
+SCORES = ("own", "other", "following")
 SAMPLES, PICTURES = 4, 5
 Rows = dict[str, dict[str, Tensor]]  # way -> name -> (N, SIDE, SIDE, 3) in [0, 1]
 
@@ -70,7 +76,7 @@ def models(
         for row, title in {"para": "PaRa", "lora-like-para": "LoRA"}.items()
     }
     ways = {f"PaRa, {how}": [together("para", how)] * len(NAMES) for how in WAYS}
-    loras = {"two LoRAs": [together("lora-like-para", "sum")] * len(NAMES)}
+    loras = {BASELINE: [together("lora-like-para", "sum")] * len(NAMES)}
     return {"base": [(base, 0)] * len(NAMES)} | apart | ways | loras
 
 
@@ -79,7 +85,7 @@ def sampled(comfy: Comfy, subjects: Sequence[int], seed: int, steps: int) -> Row
     known, graph = comfy.object_info(), Graph()
     base = graph.add("PersonalizeDemoBase")
     latent = graph.empty_latent(SIDE, SAMPLES)
-    sampler = {"sampler_name": "dpmpp_2m", "steps": 12, "seed": REFERENCE_NOISES[0] + seed}
+    sampler = {"sampler_name": "dpmpp_2m", "steps": 12, "seed": seed}
     saved = {
         (way, name): [
             graph.pictures(base, model, world.subject_caption(b, name), latent, **sampler)
@@ -122,14 +128,27 @@ def said(name: str) -> list[str]:
     return [world.subject_caption(b, name) for b in BACKGROUNDS for _ in range(SAMPLES)]
 
 
-def table(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Write the Markdown table of means."""
-    ways, names = list(cells[0]["scores"]), list(cells[0]["scores"]["base"])
-    rows = [
-        [way, *(f"{statistics.fmean(c['scores'][way][n] for c in cells):.3f}" for n in names)]
+def by_way(cells: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the scores by way, and by pair and seed."""
+    ways = cells[0]["scores"]
+    return {
+        way: {(tuple(cell["subjects"]), cell["seed"]): cell["scores"][way] for cell in cells}
         for way in ways
-    ]
-    return "\n".join(markdown_table(["", *names], rows))
+    }
+
+
+def differences(table: Table) -> dict[str, Differences]:
+    """Compare every way with two LoRAs."""
+    return {way: paired(table[way], table[BASELINE]) for way in table if way != BASELINE}
+
+
+def markdown(table: Table) -> str:
+    """Write the tables."""
+    means = {way: mean_scores(cells) for way, cells in table.items()}
+    rows = [[way, *(f"{row[name]:.3f}" for name in SCORES)] for way, row in means.items()]
+    lines = markdown_table(["", *SCORES], rows)
+    lines += ["", f"Differences to {BASELINE} (mean [95 % interval over n pairs]):", ""]
+    return "\n".join([*lines, *difference_table(differences(table), SCORES)])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -139,12 +158,13 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--pairs", default="101:102,103:104", help="of subjects")
-    parser.add_argument("--seeds", default="0,1", help="of training and sampling")
+    parser.add_argument("--pairs", default="101:102,103:104,105:106,107:108", help="of subjects")
+    parser.add_argument("--seeds", default="0", help="of training and sampling")
     parser.add_argument("--steps", type=int, default=200, help="training steps")
     parser.add_argument("--servers", type=int, default=2, help="at a time")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path, help="where to save a picture of the samples (PNG)")
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     pairs = [[int(part) for part in pair.split(":")] for pair in options.pairs.split(",")]
     tasks = list(product(pairs, (int(seed) for seed in options.seeds.split(","))))
@@ -160,10 +180,12 @@ def main(arguments: list[str] | None = None) -> None:
             print(cell, file=sys.stderr)
             cells.append(cell)
             pictures[str(cell["subjects"]), cell["seed"]] = rows
-    print(table(cells))
+    table = by_way(cells)
+    print(markdown(table))
     if options.json:
-        command = " ".join(["python -m benchmarks.together", *(arguments or sys.argv[1:])])
-        result = {"command": command, "machine": machine(), "steps": options.steps, "cells": cells}
+        command = shlex.join(["python", "-m", "benchmarks.together", *arguments])
+        result = {"command": command, "machine": machine(), "steps": options.steps}
+        result |= {"cells": cells, "paired": finite(differences(table))}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.sheet:
         subjects, seed = tasks[0]

@@ -4,6 +4,7 @@ import json
 import math
 import mmap
 import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from benchmarks import comparisons, metrics, quality
-from benchmarks.cells import SIDE, Plan, Task, drawn, memory_file
+from benchmarks import comparisons, metrics, provenance, quality, reports, tables
+from benchmarks.cells import BASE_FILE, MOST_PICTURES, SIDE, Plan, Row, Task, drawn, memory_file
 from benchmarks.configurations import BASE, BASELINE, CONFIGURATIONS, configuration
 from benchmarks.servers import Meter, peak_memory, processor_seconds, reset_peak_memory, share_out
 from headless import Progress
@@ -37,50 +38,56 @@ def noisy(pictures: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def naive_drift(samples: np.ndarray, reference: np.ndarray) -> float:
-    """Return the energy distance by sums over pairs, for one judge after the other."""
+    """Return the mean over prompts and judges of the energy distance, by sums over pairs."""
 
-    def distances(a, b, same):
+    def distances(a, b, same=False):
         pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if not (same and i == j)]
         return sum(math.dist(a[i], b[j]) for i, j in pairs) / len(pairs)
 
     found = []
-    for judge in range(samples.shape[1]):
-        x, y = samples[:, judge], reference[:, judge]
-        within = distances(y, y, True)
-        found.append((2 * distances(x, y, False) - distances(x, x, True) - within) / within)
+    for judge in range(samples.shape[2]):
+        everything = np.concatenate(reference[:, :, judge])
+        unit = distances(everything, everything, True)
+        for prompt in range(len(samples)):
+            x, y = samples[prompt, :, judge], reference[prompt, :, judge]
+            energy = 2 * distances(x, y) - distances(x, x, True) - distances(y, y, True)
+            found.append(energy / unit)
     return sum(found) / len(found)
 
 
 def test_drift_equals_the_sum_over_pairs():
-    samples = torch.randn(5, 2, 7, dtype=torch.float64) + 0.5
-    reference = torch.randn(6, 2, 7, dtype=torch.float64)
+    samples = noise(3, 5, 2, 7, seed=1).double() + 0.5
+    reference = noise(3, 6, 2, 7, seed=2).double()
     expected = naive_drift(samples.numpy(), reference.numpy())
     assert metrics.drift(samples, reference) == pytest.approx(expected)
 
 
 def test_drift_of_one_distribution_is_zero_on_average_and_grows_with_the_shift():
+    """However far apart the prompts are, and with fewer samples of each than the reference has."""
     generator = torch.Generator().manual_seed(0)
+    prompts = 10 * torch.randn(4, 1, 1, 20, generator=generator, dtype=torch.float64)
 
     def draw(count, shift=0.0):
-        return torch.randn(count, 1, 20, generator=generator, dtype=torch.float64) + shift
+        around = torch.randn(4, count, 1, 20, generator=generator, dtype=torch.float64)
+        return prompts + around + shift
 
-    same = [metrics.drift(draw(16), draw(48)) for _ in range(300)]
-    assert abs(np.mean(same)) < 4 * stats.sem(same)
-    shifted = [metrics.drift(draw(200, shift), draw(200)) for shift in (0.0, 0.3, 1.0)]
+    same = [metrics.drift(draw(4), draw(12)) for _ in range(400)]
+    assert abs(np.mean(same)) < 3 * stats.sem(same)
+    shifted = [metrics.drift(draw(50, shift), draw(50)) for shift in (0.0, 0.3, 1.0)]
     assert shifted[0] < shifted[1] < shifted[2]
 
 
 def test_drift_is_measured_in_the_judges_own_units():
-    samples, reference = noise(5, 2, 7, seed=1) + 1, noise(6, 2, 7, seed=2)
+    samples, reference = noise(2, 5, 2, 7, seed=1) + 1, noise(2, 6, 2, 7, seed=2)
     units = torch.tensor([3.0, 0.1])[:, None]
     scaled = metrics.drift(samples * units, reference * units)
     assert scaled == pytest.approx(metrics.drift(samples, reference), rel=1e-4)
 
 
 def test_another_subject_is_further_away_than_more_of_the_same():
-    reference = metrics.features(drawn(101, 24))
-    same = metrics.drift(metrics.features(drawn(101, 24, "held-out")), reference)
-    other = metrics.drift(metrics.features(drawn(102, 24, "held-out")), reference)
+    reference = metrics.features(drawn(101, 24))[None]
+    same = metrics.drift(metrics.features(drawn(101, 24, "held-out"))[None], reference)
+    other = metrics.drift(metrics.features(drawn(102, 24, "held-out"))[None], reference)
     assert same < other / 10
 
 
@@ -160,20 +167,53 @@ def test_only_what_both_methods_have_is_compared_and_one_subject_has_no_interval
     assert math.isnan(found["x"]["low"])
 
 
-def test_at_equal_similarity_lora_is_taken_between_its_learning_rates():
-    def row(similarity, drift):
-        return {"subject_similarity": similarity, "class_drift": drift}
+def row(similarity: float, drift: float) -> dict[str, float]:
+    return {"subject_similarity": similarity, "prior_drift": drift}
 
-    table = {
-        "base": {(1, 0): row(0.0, 0.0), (2, 0): row(0.0, 0.0)},
-        "lora-slow": {(1, 0): row(0.2, 0.1), (2, 0): row(0.3, 0.1)},
-        "lora": {(1, 0): row(0.4, 0.5), (2, 0): row(0.4, 0.5)},
-        "apt": {(1, 0): row(0.3, 0.2), (2, 0): row(0.6, 0.2)},  # the second beyond any LoRA
-    }
-    found = comparisons.at_equal_similarity(table, "apt")
-    assert found["class_drift"]["mean"] == pytest.approx(0.2 - 0.3)
+
+LADDER = {
+    "base": {(1, 0): row(0.0, 0.0), (2, 0): row(0.0, 0.0)},
+    "lora-slow": {(1, 0): row(0.2, 0.1), (2, 0): row(0.3, 0.1)},
+    "lora": {(1, 0): row(0.4, 0.5), (2, 0): row(0.4, 0.5)},
+    "lora-fast": {(1, 0): row(0.5, 0.9), (2, 0): row(0.5, 0.9)},
+    "apt": {(1, 0): row(0.3, 0.2), (2, 0): row(0.6, 0.2)},  # the second beyond any LoRA
+}
+
+
+def test_at_equal_similarity_lora_is_taken_between_its_learning_rates():
+    found, remain = comparisons.at_equal_similarity(LADDER, "apt", "lora")
+    assert found["prior_drift"]["mean"] == pytest.approx(0.2 - 0.3)
     assert found["subject_similarity"]["mean"] == pytest.approx(0.0)
-    assert found["class_drift"]["n"] == 1
+    assert found["prior_drift"]["n"] == 1
+    assert remain == {"cells": 1, "of_cells": 2, "subjects": 1, "of_subjects": 2}
+
+
+@pytest.mark.parametrize("rung", ["base", "lora-slow", "lora", "lora-fast"])
+def test_nothing_is_matched_without_the_whole_ladder(rung):
+    short = {name: cells for name, cells in LADDER.items() if name != rung}
+    assert comparisons.at_equal_similarity(short, "apt", "lora") == ({}, {})
+    assert not reports.differences(short)["matched"]
+
+
+def test_para_is_compared_with_the_ladder_of_what_it_is_compared_with_too():
+    own = {f"lora-like-para{speed}": LADDER[f"lora{speed}"] for speed in ("-slow", "", "-fast")}
+    found = reports.differences({**LADDER, **own, "para": LADDER["apt"]})
+    assert {"para - lora", "para - lora-like-para"} <= found["matched"].keys()
+    assert found["matched"]["para - lora-like-para"]["prior_drift"]["mean"] == pytest.approx(-0.1)
+    assert found["matched_cells"]["para - lora-like-para"]["cells"] == 1
+    assert "lora-like-para-slow - lora-like-para" not in found["matched"]  # a rung itself
+
+
+def test_every_row_is_compared_with_what_it_varies():
+    names = ("bnn", "bnn-0", "apt", "apt-ata-rs", "apt-ata", "selective_zo", "selective_zo-still")
+    found = reports.differences({name: LADDER["lora"] for name in (BASE, BASELINE, *names)})
+    assert found["paired"].keys() == set(names)
+    assert found["variants"].keys() == {
+        "bnn - bnn-0",
+        "apt - apt-ata-rs",
+        "apt-ata-rs - apt-ata",
+        "selective_zo - selective_zo-still",
+    }
 
 
 def test_the_indicator_is_averaged_over_runs_at_parts_of_their_length():
@@ -182,7 +222,7 @@ def test_the_indicator_is_averaged_over_runs_at_parts_of_their_length():
         for slope in (0.01, 0.03)
     ]
     histories[0].append({"step": 20, "train_loss": 0.1})
-    found = quality.gammas(histories)
+    found = reports.gammas(histories)
     assert found.keys() == {"2", "4", "10", "20"}
     assert found["10"] == [pytest.approx(0.2), 0.0]
 
@@ -195,14 +235,17 @@ def test_means_weigh_subjects_alike():
 # Cells
 
 
-def keep(task: Task, cache, value: int = 128, facts: dict | None = None) -> None:
+def keep(
+    task: Task, cache, value: int = 128, facts: dict | None = None, code: str = "0123"
+) -> None:
     """Put a finished cell of grey pictures into a cache."""
     folder = cache / task.key
     folder.mkdir(parents=True)
     page = np.full((len(task.rows) * SIDE, task.plan.samples * SIDE, 3), value, np.uint8)
     Image.fromarray(page).save(folder / "samples.png")
     (folder / "history.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
-    (folder / "cell.json").write_text(json.dumps({"facts": facts or {}}))
+    kept = {"facts": facts or {}, "code": code}
+    (folder / "cell.json").write_text(json.dumps(kept))
 
 
 def task(name: str = BASELINE, **changes) -> Task:
@@ -214,7 +257,7 @@ def test_a_cell_that_is_there_is_not_computed_again(tmp_path, monkeypatch):
     keep(task(BASE), tmp_path)
     monkeypatch.setattr(quality, "workers", None)  # no server is started
     tasks = {(BASELINE, 101, 0): task()}
-    assert quality.compute(tasks, task(BASE), tmp_path, servers=1) == []
+    assert quality.compute(tasks, tmp_path, servers=1) == []
     assert task().make(None, tmp_path).history[0]["loss"] == 0.5
 
 
@@ -233,9 +276,18 @@ def test_whatever_matters_makes_another_cell():
     assert task(configuration=replace(CONFIGURATIONS[BASELINE], against="x")).key == task().key
 
 
-def test_the_base_is_one_cell_for_all_subjects_seeds_and_steps():
-    changed = task(BASE, subject=102, seed=3, plan=replace(PLAN, steps=9))
-    assert changed.key == task(BASE).key
+def test_the_base_is_one_cell_for_all_subjects_and_steps_but_not_for_all_noise():
+    changed = task(subject=102, plan=replace(PLAN, steps=9))
+    assert changed.base.key == task().base.key == task(BASE, subject=0).key
+    assert task(seed=1).base.key != task().base.key
+
+
+def test_every_seed_has_start_noise_of_its_own():
+    draws = [0, 1, 2, 3]
+    seeds = {task(seed=s).noise_seed(Row(0, draw, "")) for s in range(10) for draw in draws}
+    assert len(seeds) == 40
+    assert {row.draw for row in task().base.rows} == set(draws)
+    assert {row.draw for row in task().rows} == {0}
 
 
 def test_memory_is_measured_once_for_all_subjects_seeds_and_steps(tmp_path):
@@ -263,13 +315,20 @@ def test_samples_come_back_by_their_row(tmp_path):
         assert torch.all(second == number / 255)
 
 
-def test_the_subject_is_asked_for_on_backgrounds_it_was_not_trained_on():
+@pytest.mark.parametrize("pictures", range(1, MOST_PICTURES + 1))
+def test_the_subject_is_asked_for_on_backgrounds_it_was_not_trained_on(pictures):
     from demo.world import subject_pictures
 
-    trained = {caption for _, caption in subject_pictures(101, PLAN.pictures)}
-    asked = PLAN.subject_prompts(101)
-    assert len(set(asked)) == 4
+    trained = {caption for _, caption in subject_pictures(101, pictures)}
+    asked = replace(PLAN, pictures=pictures).subject_prompts(101)
+    assert len(set(asked)) == len(asked) == min(4, 9 - pictures) >= 2
     assert not trained & set(asked)
+
+
+def test_what_leaves_no_background_to_ask_for_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        quality.main(["--only-kept", "--pictures", "8"])
+    assert "--pictures: 8 is not in 1 to 7" in capsys.readouterr().err
 
 
 def fake_table(tmp_path, names=(BASE, BASELINE, "para")) -> list[str]:
@@ -280,8 +339,9 @@ def fake_table(tmp_path, names=(BASE, BASELINE, "para")) -> list[str]:
     costs = {"parameters": 1000, "file_size": 4000, "steps_per_second": 2.0}
     for name in names:
         for subject in (101, 102) if name != BASE else (101,):
-            one = Task(CONFIGURATIONS[name], subject, 0, plan)
-            keep(one, tmp_path, 100 + subject % 7, losses | costs if name != BASE else {})
+            one = Task(CONFIGURATIONS[name], subject if name != BASE else 0, 0, plan)
+            facts = losses | costs if name != BASE else {}
+            keep(one, tmp_path, 100 + subject % 7, facts, code=f"code of {name}")
     memory = memory_file(Task(CONFIGURATIONS[BASELINE], 101, 0, plan), tmp_path)
     memory.parent.mkdir()
     memory.write_text('{"peak_memory": 5000000}')
@@ -293,9 +353,12 @@ def test_the_json_holds_what_it_promises(tmp_path, capsys):
     arguments = fake_table(tmp_path)
     files = {name: tmp_path / f"table.{name}" for name in ("json", "md", "png")}
     more = ["--json", files["json"], "--markdown", files["md"], "--sheet", files["png"]]
-    assert quality.main([*arguments, *map(str, more)]) == 0
+    all_of_it = [*arguments, *map(str, more)]
+    assert quality.main(all_of_it) == 0
     found = json.loads(files["json"].read_text(), parse_constant=pytest.fail)
-    assert {"machine", "command", "methods", "paired", "matched"} <= found.keys()
+    assert {"machine", "command", "methods", "paired"} <= found.keys()
+    assert found["command"] == f"python -m benchmarks.quality {' '.join(map(str, all_of_it))}"
+    assert not found["matched"]  # there is no ladder
     assert found["methods"].keys() == {"base", "lora", "para"}
     promised = {
         "subject_similarity",
@@ -316,8 +379,43 @@ def test_the_json_holds_what_it_promises(tmp_path, capsys):
     assert found["paired"].keys() == {"para"}
     assert found["paired"]["para"]["prior_drift"].keys() == {"mean", "low", "high", "n"}
     assert found["paired"]["para"]["prior_drift"]["n"] == 2
-    assert files["md"].read_text() == capsys.readouterr().out.rstrip("\n") + "\n"
+    assert found["methods"]["para"]["cells"] == 2
+    said = capsys.readouterr()
+    assert files["md"].read_text() == said.out.rstrip("\n") + "\n"
+    shown = re.findall(r"\[[+-]", said.out)
+    assert f"{len(shown)} intervals are shown" in said.out and shown
+    assert "2 of code of lora, 2 of code of para" in said.err
     assert Image.open(files["png"]).size[1] > 4 * SIDE
+
+
+def test_steps_on_the_way_are_compared_pair_by_pair(tmp_path, capsys):
+    plan = Plan(steps=20, samples=2, trajectory=(10,))
+    values = {"lora": 90, "bnn-0": 100, "bnn": 110}
+    for subject in (101, 102):
+        for name, value in values.items():
+            keep(Task(CONFIGURATIONS[name], subject, 0, plan), tmp_path, value + subject % 7)
+    keep(Task(CONFIGURATIONS[BASE], 0, 0, plan), tmp_path)
+    command = f"--only-kept --cache {tmp_path} --subjects 101,102 --seeds 0 --samples 2 --steps 20"
+    more = ["--trajectory", "10", "--methods", "lora,bnn-0,bnn", "--json", str(tmp_path / "json")]
+    assert quality.main([*command.split(), *more]) == 0
+    found = json.loads((tmp_path / "json").read_text())
+    assert found["trajectory"].keys() == values.keys()
+    differences = found["trajectory_differences"]
+    assert differences.keys() == {"bnn-0 - lora", "bnn - lora", "bnn - bnn-0"}
+    for steps in differences.values():
+        assert steps.keys() == {"10", "20"}
+        assert steps["10"]["corruption"].keys() == {"mean", "low", "high", "n"}
+        assert steps["10"]["subject_similarity"]["n"] == 2
+    rows = {name: steps["10"]["subject_similarity"] for name, steps in found["trajectory"].items()}
+    mean = differences["bnn - bnn-0"]["10"]["subject_similarity"]["mean"]
+    assert mean == pytest.approx(rows["bnn"] - rows["bnn-0"])
+    assert "bnn - bnn-0, over their steps" in capsys.readouterr().out
+
+
+def test_gamma_is_shown_by_bins_and_steps():
+    lines = tables.gamma_table({"20": [0.1, 0.2], "200": [0.3, 0.4]})
+    assert lines[0] == "| timestep / all | step 20 | step 200 |"
+    assert lines[2:] == ["| 0 to 0.5 | 0.10 | 0.30 |", "| 0.5 to 1 | 0.20 | 0.40 |"]
 
 
 def test_a_method_that_does_not_exist_is_named():
@@ -341,9 +439,29 @@ def test_the_settings_of_every_row_exist(name):
     assert found.against in CONFIGURATIONS
 
 
-def test_quick_is_small_unless_asked_otherwise():
-    options = quality.quick(quality.parser().parse_args(["--quick", "--steps", "7"]))
-    assert (options.steps, options.samples, options.subjects) == (7, 2, "101")
+def test_what_is_given_counts_more_than_quick_and_tuning():
+    options = quality.parsed(["--quick", "--steps", str(Plan.steps)])
+    assert (options.steps, options.samples, options.subjects) == (Plan.steps, 2, "101")
+    tuning = quality.parsed(["--tuning", "--seeds", "0,1", "--samples", "3"])
+    assert (tuning.subjects, tuning.seeds, tuning.samples) == ("51,52", "0,1", 3)
+    assert tuning.steps == Plan.steps
+
+
+# Where a cell comes from
+
+
+def test_other_code_has_another_hash(tmp_path, monkeypatch):
+    assert provenance.code_hash(BASE_FILE) == provenance.code_hash(BASE_FILE)
+    code, base = tmp_path / "trainers" / "methods" / "some.py", tmp_path / "base"
+    code.parent.mkdir(parents=True)
+    base.mkdir()
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    found = []
+    for text, weights in (("a", "a"), ("b", "a"), ("a", "b")):
+        code.write_text(text)
+        (base / "weights").write_text(weights)
+        found.append(provenance.code_hash.__wrapped__(base))
+    assert len(set(found)) == 3
 
 
 # Servers
@@ -383,8 +501,8 @@ def test_peak_memory_sees_what_was_freed_again():
 @pytest.mark.server
 def test_a_tiny_run_trains_samples_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Plan, "sampler_steps", 1)
-    monkeypatch.setattr("benchmarks.cells.REFERENCE_NOISES", (1000,))
-    monkeypatch.setattr("benchmarks.scores.REFERENCE_NOISES", (1000,))
+    monkeypatch.setattr("benchmarks.cells.REFERENCE_DRAWS", (1,))
+    monkeypatch.setattr("benchmarks.scores.REFERENCE_DRAWS", (1,))
     arguments = ["--quick", "--steps", "4", "--samples", "2", "--trajectory", "2"]
     arguments += ["--methods", "lora", "--servers", "1", "--cache", str(tmp_path)]
     assert quality.main([*arguments, "--json", str(tmp_path / "first.json")]) == 0

@@ -7,6 +7,7 @@ from PIL import Image
 
 from benchmarks import together
 from benchmarks.cells import SIDE, drawn
+from benchmarks.gain import interval
 
 
 def test_who_is_confused_with_whom_shows(monkeypatch):
@@ -21,6 +22,22 @@ def test_who_is_confused_with_whom_shows(monkeypatch):
     assert found["swapped"]["other"] == pytest.approx(found["right"]["own"], abs=1e-5)
 
 
+def test_ways_are_compared_pair_by_pair_each_the_mean_of_its_seeds():
+    def cell(pair, seed, ours, loras):
+        values = {"PaRa, concat": ours, together.BASELINE: loras}
+        scores = {way: dict.fromkeys(together.SCORES, value) for way, value in values.items()}
+        return {"subjects": pair, "seed": seed, "scores": scores}
+
+    cells = [cell([1, 2], 0, 0.5, 0.4), cell([1, 2], 1, 0.7, 0.4), cell([3, 4], 0, 0.5, 0.4)]
+    table = together.by_way(cells)
+    found = together.differences(table)["PaRa, concat"]["own"]
+    mean, low, high = interval([0.2, 0.1])
+    assert found == pytest.approx({"mean": mean, "low": low, "high": high, "n": 2})
+    text = together.markdown(table)
+    assert "| PaRa, concat | 0.550 | 0.550 | 0.550 |" in text
+    assert f"| PaRa, concat | 2 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] |" in text
+
+
 @pytest.mark.slow
 @pytest.mark.server
 def test_a_tiny_run_trains_combines_and_judges(tmp_path, monkeypatch, capsys):
@@ -29,11 +46,14 @@ def test_a_tiny_run_trains_combines_and_judges(tmp_path, monkeypatch, capsys):
     json_file, sheet_file = tmp_path / "together.json", tmp_path / "together.png"
     arguments = ["--pairs", "101:102", "--seeds", "0", "--steps", "1"]
     together.main([*arguments, "--json", str(json_file), "--sheet", str(sheet_file)])
-    (cell,) = json.loads(json_file.read_text())["cells"]
+    result = json.loads(json_file.read_text(), parse_constant=pytest.fail)
+    (cell,) = result["cells"]
     ways = ["PaRa apart", "LoRA apart", "PaRa, concat", "PaRa, sequential", "PaRa, sum"]
     assert list(cell["scores"]) == ["base", *ways, "two LoRAs"]
     assert all(-1 <= row["own"] <= 1 for row in cell["scores"].values())
     owns = [row["own"] for row in cell["scores"].values()]
     assert len(set(owns)) == len(owns)  # every way is a model of its own
-    assert capsys.readouterr().out.count("\n") == len(ways) + 4
+    assert result["paired"].keys() == {"base", *ways}
+    shown = capsys.readouterr().out
+    assert all(shown.count(f"\n| {way} | ") == 2 for way in ways)
     assert Image.open(sheet_file).size[1] > 8 * SIDE
