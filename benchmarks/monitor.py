@@ -15,7 +15,8 @@ judged. Cells are kept under benchmarks/work/monitor/: the same command goes on 
     overhead         time of the evaluations over that of the training
     u-shaped         share of runs whose held-out loss falls first and ends 2 % above its lowest
     judged           likeness and prompt following of picked, most liked and last checkpoint
-    corruption       highest index (1: as the base), and its step
+    corruption       highest index (1: as the base), its step, and the index at the end
+    hump             share of runs whose index falls again by a quarter: the corruption stage
     gamma            of the lowest, middle and highest timesteps: at a tenth of the run, at its end
 """
 
@@ -47,7 +48,7 @@ from personalize.trainers.denoiser import Denoiser
 from personalize.trainers.edits import of_weights, parameter_name
 from personalize.trainers.monitor import Evaluation, Probe
 from personalize.trainers.sites import parameter_sites
-from personalize.trainers.verdict import RISE, Rules, best_step, grainiest, stopped_at
+from personalize.trainers.verdict import RISE, Rules, best_step, corruption_stage, stopped_at
 
 from . import ROOT
 from .cells import OTHER_PROMPTS, SIDE, drawn, images
@@ -137,7 +138,7 @@ class Cell:
         cost = sum(line["evaluation_seconds"] for line in self.lines)
         held_out = [e.held_out for e in evaluations if e.held_out is not None]
         inside = min(held_out) < min(held_out[0], held_out[-1] / (1 + RISE))
-        grain = grainiest(evaluations) or max(evaluations, key=lambda e: e.corruption)
+        grain = max(evaluations, key=lambda e: e.corruption)
         early = evaluations[len(evaluations) // 10].gamma
         return {
             "picked": picked,
@@ -152,6 +153,7 @@ class Cell:
             "corruption": grain.corruption,
             "corruption_step": grain.step,
             "corruption_at_end": evaluations[-1].corruption,
+            "hump": float(corruption_stage(evaluations) is not None),
             **{f"gamma_{b}_early": early[b] for b in (0, 5, 9)},
             **{f"gamma_{b}_late": evaluations[-1].gamma[b] for b in (0, 5, 9)},
             **self._judged(picked, last),
@@ -370,7 +372,8 @@ def table(result: Mapping[str, Any]) -> str:
     )
     for name in RATIOS:
         row(name.replace("_", " "), [percent(m["interval"][name]) for m in found])
-    row("u-shaped", [f"{m['mean']['u_shaped']:.0%}" for m in found])
+    for name, title in {"u_shaped": "u-shaped", "hump": "corruption stage seen"}.items():
+        row(title, [f"{m['mean'][name]:.0%}" for m in found])
     for judge_ in ("likeness", "following"):
         for which in ("picked", "liked", "last"):
             row(f"{judge_}, {which}", [f"{m['mean'][f'{which}_{judge_}']:.3f}" for m in found])

@@ -1,10 +1,12 @@
 """The evaluations of one run: measured, sampled, kept on disk, and judged."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
@@ -14,8 +16,10 @@ from ..trainers.artifact import Header, Personalization
 from ..trainers.copies import diversity, nearest
 from ..trainers.data import PersonalData
 from ..trainers.denoiser import Denoiser
+from ..trainers.errors import brief
 from ..trainers.loop import Step
-from ..trainers.monitor import Evaluation, Examination, rounds_for
+from ..trainers.monitor import Evaluation, Examination, rounds_for, spacing
+from ..trainers.report import evaluation_of
 from ..trainers.run import BEST, Run
 from ..trainers.settings import Settings
 from ..trainers.state import finite
@@ -46,8 +50,11 @@ class Evaluator:
     run: Run
     header: Header
     model: ModelPatcher | None  # the base, to sample with
+    every: int = field(init=False)  # steps between two evaluations
     evaluations: list[Evaluation] = field(default_factory=list)
     newest: Image.Image | None = None  # sample, until it is shown
+    failed: str = ""  # why the newest samples are missing
+    heed_pins: Callable[[], None] = lambda: None  # called before checkpoints are deleted
     # steps whose checkpoints a run would need that goes on from the state on disk
     settled: list[int] = field(default_factory=list)
 
@@ -55,13 +62,15 @@ class Evaluator:
         data, s = self.data, self.settings
         splits = {"train": data.training, "held_out": data.held_out, "prior": data.prior}
         per_step = s.batch_size * s.gradient_accumulation
-        rounds = rounds_for(per_step, self.every, sum(map(bool, splits.values())))
+        measured = sum(map(bool, splits.values()))
+        self.every = self.monitoring.settings.every or spacing(s.steps, per_step, measured)
+        rounds = rounds_for(per_step, self.every, measured)
         with interruptible(self.denoiser):
             self.examination = Examination(self.denoiser, splits, rounds)
 
     def take_up(self, lines: Sequence[Line]) -> None:
         """Go on from what the history tells; the best checkpoint is the best of these again."""
-        self.evaluations = [Evaluation.from_line(line) for line in lines]
+        self.evaluations = list(filter(None, map(evaluation_of, lines)))
         self.settle()
         if self.settled and f"step {self.settled[0]}" in self.run.checkpoints():
             self.run.make_best(self.settled[0])
@@ -80,11 +89,6 @@ class Evaluator:
         if watched(self.evaluations, rules) is None:
             return []
         return ranking(self.evaluations, rules)[: rules.keep]
-
-    @property
-    def every(self) -> int:
-        """Steps between two evaluations."""
-        return self.monitoring.every(self.settings.steps)
 
     def due(self, step: int) -> bool:
         """Tell whether a step is to be evaluated."""
@@ -141,12 +145,14 @@ class Evaluator:
             "total_steps": self.settings.steps,
             **sampled,
             "best_step": self.best,
-            "verdict": state(self.evaluations),
+            "verdict": state(self.evaluations, rules),
+            "decided": watched(self.evaluations, rules) is not None,
             "patience_left": patience_left(self.evaluations, rules),
         }
 
     def _keep(self, step: Step) -> None:
         """Write a checkpoint that is among the best, and delete those that are not."""
+        self.heed_pins()
         wanted = self._wanted()
         if not wanted:
             return  # the last is the best, and is written anyway
@@ -177,10 +183,21 @@ class Evaluator:
         return self._sampled(step.index, personalize(self.model, learned, 1.0)[0])
 
     def _sampled(self, step: int, model: ModelPatcher | None) -> Line:
-        """Sample every prompt, save the pictures, and compare them."""
+        """Sample every prompt, save the pictures, and compare them.
+
+        Samples that can not be had do not end a training: it is said, and it goes on.
+        """
         if model is None or not self.monitoring.shown:
             return NO_SAMPLES
-        groups = self.monitoring.samples(model, self.data.usual_shape)
+        try:
+            groups = self.monitoring.samples(model, self.data.usual_shape)
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:
+            logging.warning("Personalize: no samples at step %d", step, exc_info=True)
+            self.failed = f"no samples at step {step}: {brief(str(error))}"
+            return NO_SAMPLES | {"samples_failed": self.failed}
+        self.failed = ""
         folder = self.run.folder / "samples"
         folder.mkdir(exist_ok=True)
         names = []

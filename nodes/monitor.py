@@ -26,7 +26,6 @@ from .request import unpack
 from .widgets import widget
 from .wires import CATEGORY, MonitorWire, at
 
-EVALUATIONS = 20  # of a run, where the user leaves it to us
 PRIOR_PICTURES = 4  # that are sampled of the class, all prompts together
 
 
@@ -36,8 +35,8 @@ class MonitorSettings(Rules):
 
     every: int = knob(
         0,
-        "Steps between two evaluations. 0: about 20 in a run, which take less than a tenth of the "
-        "time of a long one.",
+        "Steps between two evaluations. 0: about 20 in a run, fewer (8 at least) where they would "
+        "take more than a tenth of the time.",
         min=0,
         max=100_000,
     )
@@ -179,6 +178,7 @@ class Monitor(io.ComfyNode):
                 vae=vae,
                 held_out=tuple(opaque(picture) for picture in pictures),
                 held_out_text=encode_text(clip, caption) if caption else None,
+                clip=clip if pictures else None,
             )
             return io.NodeOutput(monitoring)
 
@@ -217,10 +217,7 @@ class Monitoring:
     vae: Any = None
     held_out: tuple[Tensor, ...] = ()  # (H, W, 3) in [0, 1]
     held_out_text: Wording | None = None  # None: the instance prompt
-
-    def every(self, steps: int) -> int:
-        """Return the steps between two evaluations of a run."""
-        return self.settings.every or max(1, round(steps / EVALUATIONS))
+    clip: Any = None  # to encode that where no training picture has it
 
     def prepare(self, data: PersonalData, model: ModelPatcher | None, seed: int) -> "Material":
         """Say what is trained on and what is measured on; the base draws what it has to.
@@ -235,7 +232,7 @@ class Monitoring:
                 "use the dataset's 'hold_out', and a monitor without them.",
             )
         data = replace(data, held_out=data.held_out + self._held_out(data))
-        if self.settings.leave_one_out and not data.held_out:
+        if self.settings.leave_one_out and not self.held_out:
             data = leave_one_out(data, seed)
         prior = self._drawn_prior(data, model) if model is not None else ()
         return Material(data, replace(data, prior=prior or data.prior))
@@ -249,6 +246,12 @@ class Monitoring:
             size = nearest_shape(picture.shape[0] / picture.shape[1], sizes)
             pixels = fitted_to(picture, size, "crop").movedim(-1, 0) * 2 - 1
             latent = data.encode(pixels[None])[0]
+            if not latent.isfinite().all():
+                raise InputError(
+                    "held_out",
+                    "has a picture that this VAE turns into numbers that are not finite; run the "
+                    "VAE in fp32 or bf16, or leave the picture out.",
+                )
             origin = origin_of(picture, size, "crop") if as_photographed else None
             said = self._text(data)
             text = data.instance_prompt, said.context, said.pooled, said.words
@@ -260,13 +263,15 @@ class Monitoring:
         if self.held_out_text is not None:
             return self.held_out_text
         known = {e.caption: e for e in (*data.training, *data.held_out)}
-        if data.instance_prompt not in known:
+        if data.instance_prompt in known:
+            return known[data.instance_prompt]
+        if self.clip is None or data.subjects or not data.instance_prompt:
             raise InputError(
                 "held_out_caption",
                 "is empty, and no training picture has the instance prompt as its caption; say "
                 "what 'held_out' shows, and connect 'clip'.",
             )
-        return known[data.instance_prompt]
+        return encode_text(self.clip, data.instance_prompt)
 
     def _drawn_prior(self, data: PersonalData, base: ModelPatcher) -> tuple[Example, ...]:
         """Let the base draw what it must not forget, latents as the VAE would give them."""
@@ -335,10 +340,11 @@ def nearest_shape(ratio: float, sizes: Iterable[tuple[int, int]]) -> tuple[int, 
 def leave_one_out(data: PersonalData, seed: int) -> PersonalData:
     """Move one picture from those trained on to those held out, chosen by the run's seed.
 
-    Of several subjects, one picture of each.
+    Of several subjects, one picture of each that has none held out.
     """
     rng, left = generator(seed, 3, -1), []
-    for subject in sorted({example.subject for example in data.training}):
+    measured = {example.subject for example in data.held_out}
+    for subject in sorted({example.subject for example in data.training} - measured):
         own = [i for i, example in enumerate(data.training) if example.subject == subject]
         if len(own) < 2:
             whose = f" of '{data.subjects[subject]}'" if data.subjects else ""
@@ -348,7 +354,8 @@ def leave_one_out(data: PersonalData, seed: int) -> PersonalData:
             )
         left.append(own[int(torch.randint(len(own), (), generator=rng))])
     kept = tuple(example for i, example in enumerate(data.training) if i not in left)
-    return replace(data, training=kept, held_out=tuple(data.training[i] for i in left))
+    held_out = (*data.held_out, *(data.training[i] for i in left))
+    return replace(data, training=kept, held_out=held_out)
 
 
 @contextmanager

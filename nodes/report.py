@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ..trainers.errors import InputError
 from ..trainers.methods import METHODS
 from ..trainers.report import History, plot
-from ..trainers.run import Run, list_runs
+from ..trainers.run import Run, list_runs, without_nan
 from .load import runs_root
 from .wires import CATEGORY, PersonalizedWire, at
 
@@ -78,20 +78,20 @@ class Report(io.ComfyNode):
             shown = Run.open(runs_root(), run_name(run, personalized))
             facts = shown.facts()
             history = History.of(shown.history())
-            if not history.losses:
+            if not history.steps:
                 raise InputError("run", f"is '{shown.name}', which has no steps in its history.")
         method = METHODS.get(str(facts.get("method")))
         title = f"{method.title if method else 'Training'}: {shown.name}"
         picture = np.asarray(plot(history, title), np.float32) / 255
         image = torch.from_numpy(picture)[None]
         known = {name: facts.get(name) for name in ("method", "settings", "base")}
-        metrics = json.dumps({"run": shown.name, **known, **history.metrics()}, indent=1)
+        metrics = without_nan({"run": shown.name, **known, **history.metrics()})
         shows = ui.PreviewImage(image, cls=cls)
         return io.NodeOutput(
             image,
             history.verdict,
             history.best,
-            metrics,
+            json.dumps(metrics, indent=1),
             ui={**shows.as_dict(), "text": [history.verdict]},
         )
 

@@ -26,7 +26,7 @@ from ..trainers.loop import train
 from ..trainers.memory import forget
 from ..trainers.method import Method, by_size
 from ..trainers.monitor import over_fitting
-from ..trainers.report import History
+from ..trainers.report import History, ended
 from ..trainers.resume import Found, find, sketch
 from ..trainers.run import BEST, FAILED, INTERRUPTED, LAST, Run, held
 from . import control
@@ -285,7 +285,8 @@ class Session:
         assert self.watch is not None
         if self.watch.evaluator is not None:
             share, step = self.watch.share, learned.header.step
-            text = f". {self.watch.evaluator.verdict.capitalize()}. Measuring took {share:.0%}"
+            said = self.watch.evaluator.verdict + ended(self.watch.reason, len(self.watch.losses))
+            text = f". {said.capitalize()}. Measuring took {share:.0%}"
             if step != len(self.watch.losses):
                 return f"{text}. What comes out is step {step}"
             return text

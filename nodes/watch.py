@@ -12,6 +12,7 @@ from server import PromptServer
 from ..trainers.artifact import Header, Personalization
 from ..trainers.health import explosion
 from ..trainers.loop import Step
+from ..trainers.monitor import is_number
 from ..trainers.run import BY_HAND, EARLY, FAILED, FINISHED, LAST, Run
 from ..trainers.settings import Settings
 from .control import Control
@@ -42,6 +43,8 @@ class Watch:
     evaluating: float = 0.0  # seconds so far
     reason: str = FAILED  # why the run ended, until that is known
     exploded: str = ""  # what there is to say of it
+    left_out: int = 0  # steps
+    newest: Step | None = None
     first: int = 0  # steps that were made before this process
     began: float = field(default_factory=time.monotonic)
     kept_at: float = field(default_factory=time.monotonic)
@@ -54,13 +57,14 @@ class Watch:
         """
         self.evaluator = evaluator
         steps = [line for line in lines if "learning_rate" in line]
-        self.losses = [line.get("loss", math.nan) for line in steps]
-        self.norms = [line.get("gradient_norm", math.nan) for line in steps]
+        for line in steps:
+            self._take_note(number(line, "loss"), number(line, "gradient_norm"), line)
         self.first = len(steps)
         measured = [line for line in lines if line.get("evaluation")]
-        self.started -= max((line["seconds"] for line in measured), default=0.0)
-        self.evaluating = sum(line["evaluation_seconds"] for line in measured)
+        self.started -= max((number(line, "seconds", 0.0) for line in measured), default=0.0)
+        self.evaluating = sum(number(line, "evaluation_seconds", 0.0) for line in measured)
         if evaluator is not None:
+            evaluator.heed_pins = self._take_pins
             evaluator.take_up(measured)
             if not measured:
                 self._evaluated(time.monotonic(), evaluator.of_base())
@@ -90,7 +94,9 @@ class Watch:
         """Keep the last checkpoint and say how the run ended; return what was learned."""
         learned = learned_by(step, self.header)
         self.run.save(learned, LAST)
+        self._take_pins()
         self._log_end(step, facts)
+        self.run.sync()  # or a power cut could leave neither the state nor the end
         self.run.state.unlink(missing_ok=True)
         if self.evaluator is not None:
             self.evaluator.finish()
@@ -99,9 +105,10 @@ class Watch:
     def rescue(self, step: Step, reason: str) -> None:
         """Keep what there is of a run that breaks off after a step, as far as that can be done."""
         self.reason = reason
-        for keep in (self._keep_state, self._log_end):
+        keeps = (lambda: self._keep_state(step), self._take_pins, lambda: self._log_end(step))
+        for keep in keeps:
             try:
-                keep(step)
+                keep()
             except Exception as error:  # what the run broke off with is what people shall read
                 logging.warning(f"Personalize: run '{self.run.name}' kept less: {error}")
         if self.run.state.is_file():
@@ -109,16 +116,23 @@ class Watch:
 
     def _record(self, step: Step) -> None:
         """Put what a step did into the history."""
-        self.losses.append(step.loss)
-        self.norms.append(step.gradient_norm)
         numbers = {"loss": step.loss, "gradient_norm": step.gradient_norm}
-        facts = {"learning_rate": step.learning_rate, **step.facts}
-        times = explosion(self.norms[-RECENT:])
+        line = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        line |= {"step": step.index, "learning_rate": step.learning_rate, **step.facts}
+        times = explosion([*self.norms[-RECENT:], step.gradient_norm])
         if times is not None:
-            facts["gradient_exploded"] = times  # so many times the usual
-            self.exploded = f"the gradient was {times:.0f} times as long as usual at {step.index}"
-        known = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        self._log({"step": step.index, **known, **facts})
+            line["gradient_exploded"] = times  # so many times the usual
+        self._take_note(step.loss, step.gradient_norm, line)
+        self._log(line)
+
+    def _take_note(self, loss: float, norm: float, line: Line) -> None:
+        """Remember what the history says of a step."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.left_out += not math.isfinite(loss)
+        if math.isfinite(times := number(line, "gradient_exploded")):
+            step = line["step"]
+            self.exploded = f"the gradient was {times:.0f} times as long as usual at {step}"
 
     def _log_end(self, step: Step, facts: Line | None = None) -> None:
         best = self.evaluator.best if self.evaluator is not None else None
@@ -144,12 +158,21 @@ class Watch:
         self.keeping = self.kept_at - began
 
     def _save(self, step: Step) -> None:
-        """Write the checkpoint of a step that someone asked for."""
-        pins = self.control.take_pins()
-        if None in pins or saved(self.settings, step.index):
+        """Write the checkpoint of a step that someone asked for, and pin what is to stay."""
+        self.newest = step
+        if saved(self.settings, step.index):
             self.run.save(learned_by(step, self.header), f"step {step.index}")
-        there = self.run.checkpoints()
-        for pin in (step.index if pin is None else pin for pin in pins):
+        self._take_pins()
+
+    def _take_pins(self) -> None:
+        """Pin what the page asked for since the last call: steps that are there, or the newest."""
+        pins = self.control.take_pins()
+        if None in pins and self.newest is not None:
+            newest = self.newest.index
+            self.run.save(learned_by(self.newest, self.header), f"step {newest}")
+            pins = [newest if pin is None else pin for pin in pins]
+        there = self.run.checkpoints() if pins else ()
+        for pin in pins:
             if f"step {pin}" in there:
                 self.run.pin(pin)
 
@@ -187,10 +210,11 @@ class Watch:
     @property
     def trouble(self) -> list[str]:
         """Say what went wrong with the numbers so far."""
-        left_out = sum(not math.isfinite(loss) for loss in self.losses)
+        left_out = self.left_out
         steps = "1 step was" if left_out == 1 else f"{left_out} steps were"
         said = f"{steps} left out: the loss or its gradient was not finite" if left_out else ""
-        return [text for text in (said, self.exploded) if text]
+        samples = self.evaluator.failed if self.evaluator is not None else ""
+        return [text for text in (said, self.exploded, samples) if text]
 
     def recent_loss(self) -> float:
         """Return the mean loss of the last 50 steps that had one."""
@@ -201,3 +225,9 @@ class Watch:
     def share(self) -> float:
         """The evaluations' share of the time beyond training alone."""
         return self.evaluating / max(1e-9, time.monotonic() - self.started - self.evaluating)
+
+
+def number(line: Line, name: str, default: float = math.nan) -> float:
+    """Return a number of a history line, which may be damaged."""
+    value = line.get(name)
+    return value if is_number(value) else default

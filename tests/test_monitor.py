@@ -16,6 +16,9 @@ from personalize.trainers.methods.lora import LoRA
 from personalize.trainers.monitor import (
     BINS,
     LATENTS_AT_ONCE,
+    ROW,
+    ROWS_PER_EXAMPLE,
+    SHARE,
     TIMESTEPS,
     Evaluation,
     Examination,
@@ -26,6 +29,7 @@ from personalize.trainers.monitor import (
     indicator,
     over_fitting,
     rounds_for,
+    spacing,
     stable_loss,
 )
 from tests.tiny import SIDE, make, noise, run, same, tiny_data, tiny_denoiser
@@ -236,6 +240,29 @@ def test_a_tenth_of_the_run_is_what_measuring_may_take():
     assert rounds_for(4, 50, 2) == 2
     assert rounds_for(64, 50, 2) == 4
     assert rounds_for(1, 1, 3) == 1
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("examples", [1, 2, 4, 16])
+def test_small_batches_are_evaluated_less_often(examples, splits):
+    every = spacing(1000, examples, splits)
+    rows = splits * BINS * rounds_for(examples, every, splits) * 1000 / every
+    assert rows * ROW <= SHARE * ROWS_PER_EXAMPLE * examples * 1000 * 1.05
+    assert 8 <= 1000 / every <= 20.01
+    assert (every == 50) == (examples * 1.7 >= splits)
+
+
+def test_short_runs_are_evaluated_eight_times():
+    assert spacing(80, 1, 2) == 10 and spacing(4, 1, 2) == 1
+
+
+def test_large_pictures_are_asked_about_a_few_at_a_time(monkeypatch):
+    data, denoiser, asked = tiny_data(), tiny_denoiser(), []
+    whole = stable_loss(denoiser, data.training), corruption(denoiser, data.training)
+    denoiser.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
+    monkeypatch.setattr("personalize.trainers.monitor.LATENTS_AT_ONCE", 3 * 8 * 8)
+    parts = stable_loss(denoiser, data.training), corruption(denoiser, data.training)
+    assert parts == pytest.approx(whole, rel=1e-5) and set(asked) == {1, 3}
 
 
 @pytest.mark.parametrize("average", [0.0, 0.5], ids=["plain", "averaged"])

@@ -70,6 +70,50 @@ def test_the_metrics_are_json_and_hold_base_best_and_last():
     assert "over-fitting since step 130; best at 80" in metrics["verdict"]
 
 
+def test_the_verdict_says_why_a_run_ended_early():
+    found = lines()
+    assert "finished" not in History.of(found).verdict
+    found[-1]["reason"] = "stopped early"
+    assert History.of(found).verdict.endswith("; stopped early at step 200")
+    found[-1]["reason"] = "<b>something else</b>"
+    assert "something" not in History.of(found).verdict
+
+
+def test_steps_that_were_left_out_are_steps():
+    found = [line for line in lines() if line["step"] <= 150]
+    found += [{"step": i, "learning_rate": 1e-3} for i in range(151, 201)]
+    history = History.of(found)
+    assert (history.steps, len(history.losses)) == (200, 150)
+    only = History.of([{"step": 1, "learning_rate": 1e-3}])
+    assert only.steps == 1 and plot(only, "").size == (WIDTH, HEIGHT)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, None])
+def test_evaluations_that_are_not_finite_are_left_out_of_the_picture(broken):
+    found = lines()
+    for line in found[-4:-1]:
+        line |= {"train": broken, "held_out": broken, "corruption": broken}
+    history = History.of(found)
+    assert len(history.evaluations) == 21 and history.best == 80
+    pixels = np.asarray(plot(history, ""))
+    below = pixels[420:429, column(172) : column(181)]  # nothing plunges to the axis
+    assert count(below, BLUE) == count(below, ORANGE) == 0
+
+
+def test_with_nothing_held_out_no_step_is_marked_as_best():
+    page = np.asarray(plot(History.of(lines(held_out=False)), ""))
+    marks = [count(page[100:400, x - 1 : x + 2], INK) for x in (column(200), column(80))]
+    assert max(marks) < 40
+
+
+def test_long_texts_stay_on_the_page():
+    names = {"short": "LoRA: zib", "long": "DreamBooth (full fine-tuning): " + 80 * "W"}
+    pages = {name: np.asarray(plot(History.of(lines()), title)) for name, title in names.items()}
+    for page in pages.values():
+        assert (page[:70, -10:] == 255).all()
+    assert count(pages["long"][:40], INK) > count(pages["short"][:40], INK) > 50
+
+
 def test_a_run_without_a_monitor_says_that_over_fitting_was_not_measured():
     history = History.of(lines(evaluated=False))
     assert history.best == 200 and "no monitor" in history.verdict

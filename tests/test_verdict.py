@@ -8,7 +8,7 @@ from personalize.trainers.monitor import BINS, Evaluation
 from personalize.trainers.verdict import (
     Rules,
     best_step,
-    grainiest,
+    corruption_stage,
     over_fitting_since,
     patience_left,
     plateaued,
@@ -17,6 +17,7 @@ from personalize.trainers.verdict import (
     state,
     stopped_at,
     verdict,
+    worse_since,
 )
 
 
@@ -75,7 +76,7 @@ def test_over_fitting_begins_where_the_held_out_loss_has_risen_for_good():
     since = over_fitting_since(run)
     naive = [e.step for e in run if e.step > 80 and e.held_out >= 0.8 * 1.02]
     assert since == naive[0] == 110
-    assert state(run) == "over-fitting"
+    assert state(run, Rules()) == "over-fitting"
 
 
 def test_a_rise_is_called_over_fitting_only_when_it_lasts():
@@ -92,7 +93,7 @@ def test_a_rise_of_both_losses_is_not_over_fitting():
 def test_a_run_that_only_learns_is_not_over_fitting():
     assert over_fitting_since(falling()) is None
     assert over_fitting_since(falling(held_out=False)) is None
-    assert state(falling(count=6)) == "learning"
+    assert state(falling(count=6), Rules()) == "learning"
 
 
 @pytest.mark.parametrize("patience", [1, 3, 5])
@@ -111,10 +112,27 @@ def test_without_early_stop_a_run_never_ends_early():
 def test_a_plateau_is_a_small_share_of_the_variance():
     flat = [1.0, 0.5, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
     assert plateaued(flat)
-    assert not plateaued([1 - i / 10 for i in range(10)])
     assert not plateaued(flat[-9:])  # too few to tell
     ratio = variance(flat[-5:]) / variance(flat)
     assert ratio < 0.15
+
+
+@pytest.mark.parametrize("count", [10, 13, 20, 100, 1000])
+def test_a_straight_line_is_no_plateau_however_many_evaluations_there_are(count):
+    line = [1 - i / count for i in range(count)]
+    assert not plateaued(line)
+    wavy = [x + 0.05 * math.sin(9 * i) for i, x in enumerate(line)]
+    assert not plateaued(wavy)
+
+
+def test_how_often_is_evaluated_does_not_decide_when_a_run_is_flat():
+    def stops(every: int) -> int:
+        losses = [math.exp(-step / 100) for step in range(0, 1001, every)]
+        run = [evaluation(every * i, x) for i, x in enumerate(losses)]
+        return stopped_at(run, Rules())
+
+    found = [stops(every) for every in (5, 10, 20, 50)]
+    assert min(found) > 300 and max(found) - min(found) <= 120
 
 
 def variance(values) -> float:
@@ -127,15 +145,60 @@ def test_where_the_last_is_best_a_plateau_ends_the_run():
     assert stopped_at(run, rules) == next(
         e.step for i, e in enumerate(run) if plateaued([x.train for x in run[: i + 1]])
     )
-    assert state(run) == "plateau"
+    assert state(run, Rules()) == "plateau"
 
 
-def test_the_corruption_stage_is_the_grainiest_evaluation():
-    values = (1.0, 1.05, 1.3, 1.2, 1.02)
-    run = [evaluation(i, 1 - i / 10, 1.0, corruption=c) for i, c in enumerate(values)]
-    assert grainiest(run).step == 2
-    assert "30 % grainier, at step 2" in verdict(run, Rules())
-    assert grainiest(u_shape()) is None
+def grainy(*values: float) -> list[Evaluation]:
+    return [evaluation(i, 1 - i / 100, 1 - i / 100, corruption=c) for i, c in enumerate(values)]
+
+
+def test_the_corruption_stage_is_a_hump():
+    run = grainy(1.0, 1.05, 1.3, 1.2, 1.02)
+    assert corruption_stage(run) == (2, 1.3)
+    assert verdict(run, Rules()).endswith("pictures up to 30 % grainier, at step 2, less later")
+    assert corruption_stage(u_shape()) is None
+
+
+@pytest.mark.parametrize("values", [(1.0, 1.1, 1.2, 1.3), (1.0, 1.3, 1.28, 1.26), (1.0, 1.05, 1.0)])
+def test_what_only_rises_or_hardly_falls_is_no_stage(values):
+    assert corruption_stage(grainy(*values)) is None
+    said = verdict(grainy(*values), Rules())
+    assert ("% grainier than the base's" in said) == (values[-1] > 1.1)
+
+
+def test_a_run_whose_pictures_get_grainier_is_corrupting():
+    assert state(grainy(1.0, 1.05, 1.1, 1.2, 1.3), Rules()) == "corrupting"
+    assert state(grainy(1.0, 1.3, 1.2, 1.1, 1.05), Rules()) == "learning"
+
+
+def test_a_run_that_diverges_is_called_so():
+    run = [evaluation(10 * i, 0.5 + i / 10, 0.6 + i / 10) for i in range(8)]
+    assert worse_since(run) == 10 and state(run, Rules()) == "getting worse"
+    assert verdict(run, Rules()).startswith("getting worse since step 10: a lower learning rate")
+    broken = [*falling(count=6), *(evaluation(60 + i, math.nan, math.nan) for i in range(3))]
+    assert worse_since(broken) == 60
+    assert worse_since(u_shape()) is None and worse_since(falling()) is None
+
+
+def test_a_run_that_waits_for_a_better_step_says_so():
+    losses = [1.0, 0.9, 0.8, *[0.81] * 6]  # risen, but not by enough to be called over-fitting
+    run = [evaluation(10 * i, 1 - i / 20, x) for i, x in enumerate(losses)]
+    assert over_fitting_since(run) is None
+    assert verdict(run, Rules()) == "no better since step 20; best at 20"
+    assert stopped_at(run, Rules()) == 70
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_not_finite_was_not_measured(broken):
+    run = u_shape()
+    run[3] = evaluation(30, run[3].train, broken)
+    run[15] = evaluation(150, broken, run[15].held_out, corruption=broken)
+    assert ranking(run, Rules())[0] == 80 and 30 not in ranking(run, Rules())
+    assert over_fitting_since(run) == over_fitting_since(u_shape())
+    assert verdict(run, Rules()) == verdict(u_shape(), Rules())
+    never = [evaluation(e.step, e.train, broken) for e in falling()]
+    assert best_step(never, Rules()) == 200  # as with nothing held out
+    assert stopped_at(never, Rules()) == stopped_at(falling(held_out=False), Rules())
 
 
 def test_the_verdict_is_one_plain_sentence():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ BINS = TIMESTEPS
 TEMPERATURE = 1000.0  # T of APT's indicator
 SHARE = 0.1  # of a run's work that its evaluations may take
 ROWS_PER_EXAMPLE = 2.5  # forward passes that a trained example costs, there and back
+ROW = 0.75  # forward passes that a row costs, many being asked at once
 MOST_ROUNDS = 4
+EVALUATIONS, FEWEST = 20, 8  # of a run, where the user leaves it to us
 LARGEST = 1e15  # of the numbers in a history
 BINNED = ("_bins", "gamma")  # how names of values of every bin end
 LATENTS_AT_ONCE = 4 * 64 * 64  # places in the latents of one forward pass: four SD 1.5 pictures
@@ -29,12 +31,17 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and (abs(value) < LARGEST or not math.isfinite(value))
 
 
+def read_number(value: Any) -> Any:
+    """Read a number of a history, where null stands for one that was not finite."""
+    return math.nan if value is None else value
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """How a network stands after some steps; base and tuned were asked the very same.
 
-    Losses are stable losses; None where there is nothing to measure on. `..._bins` have a number
-    for every tenth of the timesteps, low first.
+    Losses are stable losses; None where there is nothing to measure on, NaN where the network had
+    no finite answer. `..._bins` have a number for every tenth of the timesteps, low first.
     """
 
     step: int  # 0: the base
@@ -77,9 +84,12 @@ class Evaluation:
     def from_line(cls, line: Mapping[str, Any]) -> "Evaluation":
         """Read a line of history.jsonl. Raises TypeError for another kind of line."""
         known: dict[str, Any] = {}
-        for name, value in ((f.name, line[f.name]) for f in fields(cls) if f.name in line):
+        for field, value in ((f, line[f.name]) for f in fields(cls) if f.name in line):
+            name = field.name
             if name.endswith(BINNED) and value is not None:
-                value = tuple(value)
+                value = tuple(map(read_number, value))
+            elif field.default is MISSING:
+                value = read_number(value)
             numbers = value if isinstance(value, tuple) else [value]
             known[name] = value
             if not all(map(is_number, (n for n in numbers if n is not None))):
@@ -179,8 +189,7 @@ class Probe:
     def ask(self, denoiser: Denoiser) -> Answer:
         """Return the answer of the network as it is; inside `denoiser.prior()`, of the base."""
         losses, grains = [], []
-        for batch in self._parts():
-            batch = batch.to(denoiser.device)
+        for batch in (part.to(denoiser.device) for whole in self.batches for part in parts(whole)):
             noisy = denoiser.noised(batch.latents, batch.noise, batch.timesteps)
             predicted = denoiser(noisy, batch.timesteps, *batch.conditions)
             target = denoiser.target(batch.latents, batch.noise, batch.timesteps)
@@ -190,17 +199,17 @@ class Probe:
         order = torch.cat(self.rows).argsort()
         return Answer(per_bin(torch.cat(losses)[order]), per_bin(torch.cat(grains)[order]))
 
-    def _parts(self) -> Iterator[Batch]:
-        """Cut the batches into pieces that take little memory."""
-        for batch in self.batches:
-            size = max(1, LATENTS_AT_ONCE // batch.latents[0, 0].numel())
-            for start in range(0, len(batch.latents), size):
-                tensors: dict[str, Any] = {
-                    name: value[start : start + size]
-                    for name, value in vars(batch).items()
-                    if torch.is_tensor(value)
-                }
-                yield replace(batch, **tensors)
+
+def parts(batch: Batch) -> Iterator[Batch]:
+    """Cut a batch into pieces that take little memory."""
+    size = max(1, LATENTS_AT_ONCE // batch.latents[0, 0].numel())
+    for start in range(0, len(batch.latents), size):
+        tensors: dict[str, Any] = {
+            name: value[start : start + size]
+            for name, value in vars(batch).items()
+            if torch.is_tensor(value)
+        }
+        yield replace(batch, **tensors)
 
 
 def per_bin(values: Tensor) -> Tensor:
@@ -211,6 +220,16 @@ def per_bin(values: Tensor) -> Tensor:
 def indicator(base: Tensor, tuned: Tensor) -> Tensor:
     """Return 1 - exp(-T (L_base - L)) of every bin, clamped to 0..1   (APT's gamma)."""
     return (1 - torch.exp(-TEMPERATURE * (base - tuned))).clamp(0, 1)
+
+
+def spacing(steps: int, examples_per_step: int, splits: int) -> int:
+    """Return the steps between evaluations: about 20 in a run, fewer where that would cost more.
+
+    A tenth of the time is what they may take; 8 there are at least. splits: how many are measured.
+    """
+    work = SHARE * ROWS_PER_EXAMPLE * examples_per_step / ROW  # rows that a step pays for
+    wanted = max(steps / EVALUATIONS, splits * BINS / work)
+    return max(1, round(min(wanted, steps / FEWEST)))
 
 
 def rounds_for(examples_per_step: int, every: int, splits: int) -> int:
@@ -230,7 +249,8 @@ def fixed_batches(denoiser: Denoiser, examples: Sequence[Example]) -> Iterator[B
         latents = example.latent.expand(TIMESTEPS, *example.latent.shape)
         noise = torch.randn(latents.shape, generator=generator(0, 3, index))
         batch = fixed_batch([example] * TIMESTEPS, latents, noise, timesteps)
-        yield batch.to(denoiser.device)
+        for part in parts(batch):
+            yield part.to(denoiser.device)
 
 
 def fixed_batch(
@@ -257,7 +277,7 @@ def stable_loss(denoiser: Denoiser, examples: Sequence[Example]) -> float:
     Inside `denoiser.prior()` it is the base's.
     """
     batches = fixed_batches(denoiser, examples)
-    return float(torch.stack([denoising_loss(denoiser, batch).mean() for batch in batches]).mean())
+    return float(torch.cat([denoising_loss(denoiser, batch) for batch in batches]).mean())
 
 
 def high_frequency_energy(latents: Tensor) -> Tensor:
@@ -274,7 +294,7 @@ def grain(denoiser: Denoiser, examples: Sequence[Example]) -> Tensor:
         noisy = denoiser.noised(batch.latents, batch.noise, batch.timesteps)
         predicted = denoiser(noisy, batch.timesteps, *batch.conditions)
         rows.append(high_frequency_energy(denoiser.cleaned(noisy, predicted, batch.timesteps)))
-    return torch.stack(rows)
+    return torch.cat(rows).unflatten(0, (-1, TIMESTEPS))
 
 
 def corruption(denoiser: Denoiser, examples: Sequence[Example]) -> float:

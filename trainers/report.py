@@ -14,11 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .errors import InputError
 from .monitor import BINS, Evaluation, is_number
-from .verdict import Rules, best_step, grainiest, over_fitting_since, verdict
+from .run import ENDS, FINISHED
+from .verdict import Rules, best_step, corruption_stage, curve, over_fitting_since, verdict, watched
 
 Point = tuple[float, float]
 WIDTH, HEIGHT, SCALE = 1200, 900, 2  # pixels; drawn so many times larger
 LEFT, RIGHT, TOP = 105, 145, 92  # margins of the panels
+MARGIN, SMALLEST = 20, 9  # pixels: to the right of the texts, and of their letters
 INK, QUIET, GRID, PAPER = "#1c1c1e", "#6e6e73", "#e5e5ea", "#ffffff"
 BLUE, ORANGE, GREEN, GREY, PURPLE = "#0a6cff", "#d9480f", "#2b8a3e", "#c7c7cc", "#7048a8"
 RISKY = "#fff0ea"  # behind the steps that over-fit
@@ -30,10 +32,11 @@ TICKS = 6
 class History:
     """The lines of a run's history.jsonl by kind."""
 
-    losses: list[tuple[int, float]]  # of every step
+    losses: list[tuple[int, float]]  # of every step that had one
     evaluations: list[Evaluation]
     end: Mapping[str, Any]  # {} while the run goes on
     rules: Rules = field(default_factory=Rules)
+    steps: int = 0  # that were made
 
     @classmethod
     def of(cls, lines: Iterable[Mapping[str, Any]]) -> "History":
@@ -41,17 +44,15 @@ class History:
         lines = [line for line in lines if type(line.get("step")) is int and line["step"] >= 0]
         measured = [line for line in lines if line.get("evaluation")]
         ends = [line for line in lines if line.get("end")]
+        made = [line for line in lines if "loss" in line or "learning_rate" in line]
+        losses = [(line["step"], line.get("loss")) for line in made]
         return cls(
-            [(line["step"], line["loss"]) for line in lines if is_number(line.get("loss"))],
+            [(step, loss) for step, loss in losses if is_number(loss) and math.isfinite(loss)],
             list(filter(None, map(evaluation_of, measured))),
             ends[-1] if ends else {},
             rules_of(measured[0].get("rules")) if measured else Rules(),
+            made[-1]["step"] if made else 0,
         )
-
-    @property
-    def steps(self) -> int:
-        """How many steps were trained."""
-        return self.losses[-1][0] if self.losses else 0
 
     @property
     def best(self) -> int:
@@ -61,26 +62,38 @@ class History:
     @property
     def verdict(self) -> str:
         """What came out, in plain words."""
-        if self.evaluations:
-            return verdict(self.evaluations, self.rules)
-        return f"{self.steps} steps, but no monitor was connected: over-fitting was not measured"
+        if not self.evaluations:
+            return (
+                f"{self.steps} steps, but no monitor was connected: over-fitting was not measured"
+            )
+        return verdict(self.evaluations, self.rules) + ended(self.end.get("reason"), self.steps)
+
+    @property
+    def decided(self) -> bool:
+        """Whether a best step was looked for; if not, the last is kept."""
+        return watched(self.evaluations, self.rules) is not None
 
     def metrics(self) -> dict[str, Any]:
         """Return the numbers of the run, for JSON."""
         by_step = {e.step: e.as_line() for e in self.evaluations}
-        top = grainiest(self.evaluations)
+        hump = corruption_stage(self.evaluations)
         steps = {"base": 0, "best": self.best, "last": max(by_step, default=0)}
         return {
             "steps": self.steps,
             "ended": self.end.get("reason"),
             "best_step": self.best,
             "over_fitting_since": over_fitting_since(self.evaluations),
-            "corruption_stage": top.step if top is not None else None,
+            "corruption_stage": hump[0] if hump is not None else None,
             "verdict": self.verdict,
             "rules": {f.name: getattr(self.rules, f.name) for f in fields(Rules)},
             **{name: by_step.get(step) for name, step in steps.items()},
             "evaluations": [asdict(e) for e in self.evaluations],
         }
+
+
+def ended(reason: Any, step: int) -> str:
+    """Say why a run ended before its last step, to be added to a sentence."""
+    return f"; {reason} at step {step}" if reason in ENDS and reason != FINISHED else ""
 
 
 def evaluation_of(line: Mapping[str, Any]) -> Evaluation | None:
@@ -107,8 +120,10 @@ def rules_of(values: Any) -> Rules:
 def plot(history: History, title: str) -> Image.Image:
     """Draw losses, change against the base, and gamma over the steps: 1200x900 pixels."""
     canvas = Canvas(WIDTH, HEIGHT)
-    canvas.text((LEFT, 24), title, size=24)
-    canvas.text((LEFT, 56), history.verdict, size=16, colour=QUIET)
+    room = WIDTH - LEFT - MARGIN
+    canvas.text((LEFT, 24), title, size=canvas.fitting(title, 24, room))
+    said = history.verdict
+    canvas.text((LEFT, 56), said, size=canvas.fitting(said, 16, room), colour=QUIET)
     last = max(1, history.steps, *(e.step for e in history.evaluations))
     right = WIDTH - RIGHT
     if not history.evaluations:
@@ -127,31 +142,32 @@ def plot_losses(history: History, axes: "Axes") -> None:
     evaluations = history.evaluations
     curves = {
         "each step, smoothed": (GREY, smoothed(history.losses) if not evaluations else []),
-        "training pictures": (BLUE, [(e.step, e.train) for e in evaluations]),
-        "held-out pictures": (ORANGE, points(evaluations, "held_out")),
-        "pictures of the class": (GREEN, points(evaluations, "prior")),
+        "training pictures": (BLUE, curve(evaluations, "train")),
+        "held-out pictures": (ORANGE, curve(evaluations, "held_out")),
+        "pictures of the class": (GREEN, curve(evaluations, "prior")),
     }
-    axes.scale([y for _, curve in curves.values() for _, y in curve])
+    axes.scale([y for _, path in curves.values() for _, y in path])
     since = over_fitting_since(evaluations)
     if since is not None:
         axes.shade(since, RISKY, "over-fitting")
-    axes.frame("loss (noise MSE)")
-    for colour, curve in curves.values():
-        axes.curve(curve, colour, dots=len(curve) <= 60)
-    if evaluations:
+    axes.frame("denoising loss (MSE)")
+    for colour, path in curves.values():
+        axes.curve(path, colour, dots=len(path) <= 60)
+    if history.decided:
         axes.upright(history.best, f"best: {history.best}")
-    axes.legend([(name, colour) for name, (colour, curve) in curves.items() if curve])
+    axes.legend([(name, colour) for name, (colour, path) in curves.items() if path])
 
 
 def plot_change(history: History, axes: "Axes") -> None:
     """Draw prior drift and corruption as percentages against the base."""
-    drift = [(x, 100 * y) for x, y in points(history.evaluations, "prior_drift")]
-    grain = [(e.step, 100 * (e.corruption - 1)) for e in history.evaluations]
+    drift = [(x, 100 * y) for x, y in curve(history.evaluations, "prior_drift")]
+    grain = [(x, 100 * (y - 1)) for x, y in curve(history.evaluations, "corruption")]
     axes.scale([0.0, *(y for _, y in drift + grain)], ticks=5)
     axes.frame("change from base (%)", zero=True)
     axes.curve(grain, PURPLE)
     axes.curve(drift, GREEN)
-    axes.upright(history.best)
+    if history.decided:
+        axes.upright(history.best)
     shown = [("grain (corruption)", PURPLE)]
     axes.legend(shown + ([("prior drift", GREEN)] if drift else []))
 
@@ -168,14 +184,9 @@ def plot_gamma(history: History, axes: "Axes") -> None:
             axes.cell((edges[number], b), (edges[number + 1], b + 1), heat(value))
     labels = [(b, f"{100 * b // BINS}") for b in range(0, BINS + 1, 2)]
     axes.frame("timestep (% of T)", labels=labels, grid=False)
-    axes.upright(history.best)
+    if history.decided:
+        axes.upright(history.best)
     axes.colours("gamma")
-
-
-def points(evaluations: Sequence[Evaluation], name: str) -> list[Point]:
-    """Return (step, value) wherever there is a value."""
-    values = [(e.step, getattr(e, name)) for e in evaluations]
-    return [(step, value) for step, value in values if value is not None]
 
 
 def smoothed(losses: Sequence[tuple[int, float]]) -> list[Point]:
@@ -246,6 +257,11 @@ class Canvas:
         """Write a line."""
         font = ImageFont.load_default(size * SCALE)
         self.draw.text((at[0] * SCALE, at[1] * SCALE), text, colour, font, anchor=anchor)
+
+    def fitting(self, text: str, size: int, width: float) -> int:
+        """Return the largest size up to `size` at which a line is at most so wide."""
+        length = ImageFont.load_default(size * SCALE).getlength(text) / SCALE
+        return max(SMALLEST, min(size, int(size * width / max(length, 1))))
 
     def upward(self, at: Point, text: str, size: int = 14) -> None:
         """Write a line from bottom to top, its middle at `at`."""

@@ -1,6 +1,7 @@
 """A run on disk: one folder with its facts, its history and its checkpoints."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ LAST, BEST = "last", "best"
 NAMED = (LAST, BEST)  # checkpoints that are not called by their step
 BY_HAND, EARLY, FINISHED = "stopped by hand", "stopped early", "finished"
 INTERRUPTED, FAILED = "interrupted", "failed"
+ENDS = (BY_HAND, EARLY, FINISHED, INTERRUPTED, FAILED)
 FINAL = (BY_HAND, EARLY, FINISHED)  # ends after which a run does not go on
 
 Lines = list[dict[str, Any]]  # of history.jsonl
@@ -188,7 +190,7 @@ class Run:
     def log(self, **values: Any) -> None:
         """Append one line to history.jsonl."""
         with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(without_nan(values)) + "\n")
 
     def path(self, checkpoint: str) -> Path:
         """Return the file of a checkpoint, there or not."""
@@ -255,3 +257,12 @@ def list_runs(root: Path) -> list[str]:
             if (folder / "run.json").is_file() and inside(root, folder):
                 found += [(folder.stat().st_mtime, name)] if Run(folder).checkpoints() else []
     return [name for _, name in sorted(found, reverse=True)]
+
+
+def without_nan(value: Any) -> Any:
+    """Return JSON values with null for numbers that are not finite, which strict readers refuse."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
