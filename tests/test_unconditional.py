@@ -1,6 +1,7 @@
 """Unconditional pixel-space bases: read from folders, trained, loaded, sampled."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -124,6 +125,14 @@ def test_weights_in_half_precision_or_in_pieces_are_read_as_fp32(tmp_path):
     assert same(snapshot(load_unconditional(pieces).unet), snapshot(base.unet))
 
 
+def test_a_base_that_was_read_holds_no_file(tmp_path):
+    """Else who overwrites it kills the process, and on Windows no one can."""
+    for name, how in {"whole": {}, "pieces": {"max_shard_size": "200KB"}}.items():
+        loaded = load_unconditional(write(tmp_path / name, tiny_base(), **how))
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+        assert same(snapshot(loaded.unet), snapshot(tiny_base().unet))
+
+
 def test_attention_under_its_old_names_is_read(tmp_path):
     """DDPM checkpoints of 2022 say query, key, value and proj_attn."""
     folder = write(tmp_path / "old", base := tiny_base(), bare=True)
@@ -160,7 +169,7 @@ def without_weights(folder: Path) -> None:
 
 def cut_off(folder: Path) -> None:
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:5000])
+    os.truncate(file, file.stat().st_size // 2)
 
 
 def without_a_weight(folder: Path) -> None:
@@ -187,7 +196,39 @@ def no_betas(folder: Path) -> None:
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(facts))
 
 
+def in_pieces(**listed):
+    """Say in the folder's list of pieces that a weight is in another file."""
+
+    def damage(folder: Path) -> None:
+        base = tiny_base()
+        (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        base.unet.save_pretrained(folder / "unet", max_shard_size="200KB")
+        (folder / "unet" / "evil.bin").write_bytes(b"would be unpickled")
+        file = "unet/diffusion_pytorch_model.safetensors.index.json"
+        pieces = json.loads((folder / file).read_text())["weight_map"]
+        change(folder, file, **{"weight_map": pieces | {"conv_in.weight": "evil.bin"}, **listed})
+
+    return damage
+
+
+OUTSIDE = {"conv_in.weight": "../scheduler/a.safetensors"}
+HUGE = {"block_out_channels": [4096, 4096], "layers_per_block": 16}
 WRONG = {
+    "a pickle among its pieces": (in_pieces(), r"names evil\.bin; only .safetensors files in the"),
+    "pieces elsewhere": (in_pieces(weight_map=OUTSIDE), r"names \.\./scheduler/a\.safetensors;"),
+    "pieces not there": (in_pieces(weight_map={"a": "b.safetensors"}), r"names b\.safetensors;"),
+    "no list of pieces": (in_pieces(weight_map=3), r"names nothing that can be read;"),
+    "piece 3": (in_pieces(weight_map={"a": 3}), r"names 3;"),
+    "too many layers": (config(layers_per_block=10**7), r"layers_per_block 10000000, not up to 16"),
+    "too wide": (config(block_out_channels=[10**9, 64]), r"block_out_channels \[1000000000, 64\]"),
+    "too deep": (config(block_out_channels=[32] * 10**4), r"more than 10 levels"),
+    "too large": (config(sample_size=50_000), r"sample_size 50000, not up to 1024"),
+    "too large for its file": (config(**HUGE), r"describes [\d,]+ numbers, but its files have"),
+    "a fraction": (config(layers_per_block=1.5), r"layers_per_block 1\.5, not up to 16"),
+    "no groups": (config(norm_num_groups=0), r"can not be used"),
+    "unknown blocks": (config(down_block_types=["a", "b"]), r"can not be used"),
+    "quantised": (config(quantization_config={"quant_method": "x"}), r"is quantised"),
+    "too many steps": (schedule(num_train_timesteps=10**13), r"num_train_timesteps 100000000"),
     "only .bin": (pickled, r"only pickled ones \(\.bin\).*convert it where you trust it"),
     "no weights": (without_weights, r"but has none; convert"),
     "cut off": (cut_off, r"can not be read .*download it again"),

@@ -4,6 +4,7 @@ Two layouts: a pipeline's (`unet/`, `scheduler/`), and all files in one folder.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +12,22 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from .errors import InputError
+from .errors import InputError, brief
 from .unconditional import Unconditional
 
 WEIGHTS = "diffusion_pytorch_model"  # the stem that diffusers gives to every weight file
+MOST = {  # of numbers in the JSON files, above which no base is read: far beyond all there are
+    "sample_size": 1024,
+    "layers_per_block": 16,
+    "block_out_channels": 4096,
+    "attention_head_dim": 4096,
+    "norm_num_groups": 4096,
+    "downsample_padding": 2,
+    "num_train_timesteps": 100_000,
+}
+MOST_LEVELS = 10
+PIECE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, ZeroDivisionError)
 
 
 def is_unconditional(folder: Path) -> bool:
@@ -48,14 +61,15 @@ def load_unconditional(folder: Path, input_name: str = "base") -> Unconditional:
 
     network = network_folder(folder)
     facts, pipeline = read_json(network / "config.json"), read_json(folder / "model_index.json")
-    if problem := unknown_to_training(facts, pipeline) or missing_weights(network):
+    problem = unknown_to_training(facts, pipeline) or missing_weights(network)
+    if problem := problem or beyond(facts) or larger_than_its_weights(network, facts):
         raise wrong(problem)
     schedule = read_schedule(folder)
     if isinstance(schedule, str):
         raise wrong(schedule)
     try:
         return Unconditional(read_network(network), schedule)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0][:200].replace(str(folder), folder.name)
         raise wrong(f"can not be read ({reason}); download it again") from error
 
@@ -72,6 +86,7 @@ def unknown_to_training(facts: dict[str, Any], pipeline: dict[str, Any]) -> str:
         f"holds {name} instead of UNet2DModel": name != "UNet2DModel",
         "works on the latents of a VAE, not on pixels": {"vae", "vqvae"} & pipeline.keys(),
         "is conditioned on class labels": labels,
+        "is quantised": "quantization_config" in facts,
         "counts time continuously (a score network), not in steps": time != "positional",
         "predicts variances too, which is not trained here": (channels, out) in ((1, 2), (3, 6)),
         f"has {channels} input and {out} output channels": (channels, out) not in ((1, 1), (3, 3)),
@@ -83,6 +98,11 @@ def unknown_to_training(facts: dict[str, Any], pipeline: dict[str, Any]) -> str:
 
 def missing_weights(network: Path) -> str:
     """Say when there are no weights in safetensors, and what to do; or nothing."""
+    if strange := [n for file in network.glob("*index*.json") for n in strange_pieces(file)]:
+        return (
+            f"has a list of its pieces that names {brief(strange[0], 60)}; only .safetensors files "
+            "in the same folder are read, as others can run code when opened. Remove the list"
+        )
     if any(network.glob(f"{WEIGHTS}*.safetensors")):
         return ""
     pickled = any(network.glob("*.bin"))
@@ -91,6 +111,45 @@ def missing_weights(network: Path) -> str:
         f"needs weights in {WEIGHTS}.safetensors, but has {found}; convert it where you trust it: "
         "UNet2DModel.from_pretrained(…).save_pretrained(…)"
     )
+
+
+def strange_pieces(index: Path) -> list[str]:
+    """Return what a list of a network's pieces names besides safetensors files at its side."""
+    if index.name.startswith(f"{WEIGHTS}.bin."):  # never looked at
+        return []
+    pieces = read_json(index).get("weight_map")
+    if not isinstance(pieces, dict):
+        return ["nothing that can be read"]
+    files = [file if isinstance(file, str) else repr(file) for file in pieces.values()]
+    return [f for f in files if not PIECE.fullmatch(f) or not (index.parent / f).is_file()]
+
+
+def beyond(facts: dict[str, Any]) -> str:
+    """Say which number of a JSON file is none, or so large that nobody means it; or nothing."""
+    for name, most in MOST.items():
+        value = facts.get(name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and (type(number) is not int or not 0 <= number <= most):
+                return f"has {name} {brief(value, 60)}, not up to {most}; download it again"
+    blocks = [facts.get(f"{way}_block_types", []) for way in ("down", "up")]
+    levels = [facts.get("block_out_channels", []), *blocks]
+    if any(not isinstance(level, list) or len(level) > MOST_LEVELS for level in levels):
+        return f"has more than {MOST_LEVELS} levels; download it again"
+    return ""
+
+
+def larger_than_its_weights(network: Path, facts: dict[str, Any]) -> str:
+    """Say when a network has more numbers than its files can hold; or nothing."""
+    try:
+        with torch.device("meta"):
+            described = cast(UNet2DModel, UNet2DModel.from_config(facts))
+    except UNREADABLE as error:
+        return f"has a config.json that can not be used ({brief(error)}); download it again"
+    numbers = sum(parameter.numel() for parameter in described.parameters())
+    size = sum(file.stat().st_size for file in network.glob("*.safetensors"))
+    if numbers <= size:
+        return ""
+    return f"describes {numbers:,} numbers, but its files have {size:,} bytes; download it again"
 
 
 def read_network(folder: Path) -> UNet2DModel:
@@ -103,6 +162,7 @@ def read_network(folder: Path) -> UNet2DModel:
         torch_dtype=torch.float32,
         use_safetensors=True,  # given, it also refuses to fall back to pickle
         local_files_only=True,
+        disable_mmap=True,  # the file may be replaced while this is in use
         output_loading_info=True,
     )
     unet, report = read
@@ -119,10 +179,14 @@ def read_schedule(folder: Path) -> DDIMScheduler | str:
         return "has no scheduler_config.json; put the one of its training beside config.json"
     if "beta_schedule" not in found and "trained_betas" not in found:
         return f"was trained for {found.get('_class_name')}, not a schedule of betas; choose a DDPM"
+    if problem := beyond(found):
+        return problem
     kind = found.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         return f"predicts '{kind}', not noise or velocity; choose another base"
     try:
         return cast(DDIMScheduler, DDIMScheduler.from_config(found))
-    except (ValueError, TypeError, NotImplementedError) as error:
-        return f"has a scheduler_config.json that can not be used ({error}); download it again"
+    except (*UNREADABLE, NotImplementedError) as error:
+        return (
+            f"has a scheduler_config.json that can not be used ({brief(error)}); download it again"
+        )
