@@ -160,16 +160,17 @@ def test_an_incomplete_lora_is_left_over():
         {"para_basis": noise(3)},
         {"para_basis": noise(10, 0)},
         {"para_basis": torch.zeros(10, 3)},
+        {"para_basis": torch.ones(10, 3)},
         {"oft_skew": noise(6)},
         {"oft_skew": noise(2, 0)},
         {"oft_skew": noise(2, 5)},
     ],
     ids=[
         *("ranks differ", "vector", "two alphas", "rank 0", "no matrix", "empty", "zero basis"),
-        *("no blocks", "blocks of one", "no triangle"),
+        *("dependent basis", "no blocks", "blocks of one", "no triangle"),
     ],
 )
 def test_malformed_tensors_are_refused_when_read(tensors):
     named = {file_name("a.b", suffix): tensor for suffix, tensor in tensors.items()}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"^a\.b: "):
         from_tensors(named, ["a.b"])

@@ -86,8 +86,34 @@ def test_a_stock_lora_does_the_same_to_the_same_weight(shape, strength):
 
 @pytest.mark.parametrize("basis", [torch.zeros(10, 3), torch.full((10, 3), float("nan"))])
 def test_a_basis_without_directions_is_refused(basis):
-    with pytest.raises(ValueError, match="basis"):
+    with pytest.raises(ValueError, match=r"basis \(10, 3\) has columns without a direction"):
         RankReduction.from_tensors(basis)
+
+
+TWO = noise(640, 2)
+
+
+@pytest.mark.parametrize(
+    "third", [TWO[:, 1], -0.3 * TWO[:, 0], TWO[:, 0] + 7 * TWO[:, 1], 1e-6 * TWO.sum(1)]
+)
+def test_columns_that_depend_on_each_other_are_refused(third):
+    """A QR would take a third direction away that nobody learned."""
+    basis = torch.cat([TWO, third[:, None]], 1)
+    with pytest.raises(ValueError, match=r"basis \(640, 3\) has columns that depend"):
+        RankReduction.from_tensors(basis)
+    wide = noise(3, 4)
+    with pytest.raises(ValueError, match=r"basis \(3, 4\) has columns that depend"):
+        RankReduction.from_tensors(wide)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_columns_that_are_only_near_each_other_are_read(scale):
+    near = TWO[:, :1] + 1e-3 * noise(640, 1, seed=3)
+    basis = scale * torch.cat([TWO, near], 1)
+    q = RankReduction.from_tensors(basis).directions()
+    assert (q.mT @ q - torch.eye(3)).abs().max() < 1e-5
+    whole = torch.linalg.qr(noise(8, 8)).Q
+    assert RankReduction.from_tensors(whole).basis is whole
 
 
 # Subjects combined

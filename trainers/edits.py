@@ -104,11 +104,24 @@ class RankReduction:
             raise ValueError(f"basis {tuple(basis.shape)} is not a matrix")
         if not basis.shape[1] or not (basis.float().norm(dim=0) > 0).all():  # also catches NaN
             raise ValueError(f"basis {tuple(basis.shape)} has columns without a direction")
+        if not independent(basis):
+            raise ValueError(f"basis {tuple(basis.shape)} has columns that depend on each other")
         return cls(basis)
 
     def fits(self, shape: torch.Size) -> bool:
         out, rank = self.basis.shape
         return len(shape) > 1 and out == shape[0] and rank <= out
+
+
+def independent(columns: Tensor, tolerance: float = 1e-5) -> bool:
+    """Tell whether columns (out, r) span r directions: a QR takes others where they do not.
+
+    tolerance: the sine of the angle between a column and those before it that counts as none.
+    """
+    if columns.shape[0] < columns.shape[1]:
+        return False
+    unit = columns.float() / columns.float().norm(dim=0)
+    return bool((torch.linalg.qr(unit, mode="r").R.diagonal().abs() > tolerance).all())
 
 
 def remove_directions(weight: Tensor, q: Tensor, strength: float = 1.0) -> Tensor:
@@ -291,5 +304,8 @@ def from_tensors(
         for kind in KINDS:
             names = [file_name(site, suffix) for suffix in kind.suffixes]
             if all(name in left for name in names):
-                edits[site] = kind.from_tensors(*(left.pop(name) for name in names))
+                try:
+                    edits[site] = kind.from_tensors(*(left.pop(name) for name in names))
+                except ValueError as error:
+                    raise ValueError(f"{site}: {error}") from error
     return edits, sorted(left)
