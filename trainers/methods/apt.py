@@ -240,6 +240,12 @@ class APT(BNN):
 
     def adapt(self, unet: nn.Module) -> None:
         s = self.settings
+        if s.sigma > 0 and s.over == "lora" and s.init == "kaiming":
+            raise InputError(
+                "sigma",
+                f"is {s.sigma:g} over a LoRA whose 'init' is 'kaiming', where noise reaches the "
+                "weights many times too weak; set 'init' to 'gaussian', or 'sigma' to 0.",
+            )
         if s.stabilize and not attentions(unet, "self-attention", s.features):
             raise InputError("features", f"is '{s.features}', where this base has no attention.")
         super().adapt(unet)
