@@ -219,13 +219,14 @@ def _weight(model: ModelPatcher, key: str, weight: Tensor) -> Tensor:
     weight = plain(weight)
     if key in model.patches:
         return comfy.lora.calculate_weight(model.patches[key], weight.float().clone(), key)
-    return _without_inference_flag(weight)
+    return for_autograd(weight)
 
 
-def _without_inference_flag(tensor: Tensor) -> Tensor:
-    """Alias a tensor born in inference mode by one that autograd accepts; storage is shared."""
-    if not tensor.is_inference():
-        return tensor.detach()
+def for_autograd(tensor: Tensor) -> Tensor:
+    """Alias a tensor by one that autograd accepts; storage is shared.
+
+    What was born in inference mode has no version counter, and gets none when a module is moved.
+    """
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return alias.set_(
         tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()

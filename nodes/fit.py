@@ -15,7 +15,8 @@ STEP = 64  # pixels that the sides of buckets are multiples of: SD halves latent
 
 
 def opaque(picture: Tensor) -> Tensor:
-    """Return a picture (H, W, 3) in [0, 1], a copy; transparency is laid on white."""
+    """Return a picture (H, W, 3) in [0, 1], a copy on the CPU; transparency is laid on white."""
+    picture = picture.cpu()
     colour, alpha = picture[..., :3].float(), picture[..., 3:].float()
     if picture.shape[-1] == 4:
         colour = colour * alpha + (1 - alpha)

@@ -4,6 +4,7 @@ import comfy.model_base
 import comfy.weight_adapter
 import pytest
 import torch
+import torch.nn.functional as F
 
 from personalize.demo import base_model
 from personalize.nodes import bridge, demo
@@ -434,3 +435,16 @@ def test_fingerprints_tell_geometry_from_weights():
     assert one == same_one and one["family"] == "stable-diffusion-v1"
     assert one["geometry"] == other["geometry"] and one["weights"] != other["weights"]
     assert one["geometry"] != wider["geometry"]
+
+
+def test_weights_that_were_moved_after_inference_mode_can_be_trained_on():
+    """ComfyUI's unloading moves weights that were born in inference mode outside of it."""
+    with torch.inference_mode():
+        layer = torch.nn.Linear(4, 4)
+    layer.to(torch.float64)
+    with pytest.raises(RuntimeError, match="version counter"):
+        F.linear(noise(1, 4).double().requires_grad_(), layer.weight.detach()).sum().backward()
+    weight = bridge.for_autograd(layer.weight)
+    x = noise(1, 4).double().requires_grad_()
+    F.linear(x, weight).square().sum().backward()
+    assert x.grad.abs().sum() > 0 and weight.data_ptr() == layer.weight.data_ptr()
