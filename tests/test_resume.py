@@ -129,6 +129,11 @@ def test_a_state_is_nothing_but_safetensors_and_json(state):
         assert '"format": 1' in file.metadata()["personalize-state"]
 
 
+def test_a_state_that_was_read_holds_no_file(state):
+    loaded = State.load(state)
+    assert str(state) not in Path("/proc/self/maps").read_text() and loaded.parameters
+
+
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])
 def test_a_truncated_state_is_refused(state, tmp_path, cut):
     broken = tmp_path / "state.safetensors"

@@ -96,7 +96,7 @@ class Personalization:
             path.open("rb").close()  # says why not, where safetensors says that there is no file
             with safe_open(path, framework="pt") as file:
                 header = _read_header(file.metadata() or {}, path.name, input_name)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = unmapped(file)
         except InputError:
             raise
         except UNREADABLE as error:
@@ -107,6 +107,15 @@ class Personalization:
         if problem := _wrong_numbers(tensors):
             raise InputError(input_name, f"names {path.name}, which has {problem}; choose another.")
         return cls(header, tensors)
+
+
+def unmapped(file: Any) -> dict[str, Tensor]:
+    """Read the tensors of an open safetensors file into memory of their own.
+
+    As they come they are views of the file: cutting it would kill this process, and on Windows
+    nobody could replace it.
+    """
+    return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
 def _wrong_numbers(tensors: Mapping[str, Tensor]) -> str:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .artifact import UNREADABLE, atomic
+from .artifact import UNREADABLE, atomic, unmapped
 from .errors import InputError, brief
 from .health import Health
 
@@ -61,7 +61,7 @@ class State:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})[HEADER])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = unmapped(file)
             if header["format"] > FORMAT:
                 raise InputError(
                     "name", f"has a state of format {header['format']}; update Personalize."
