@@ -38,7 +38,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -66,6 +65,7 @@ from .configurations import (
     TUNING_SUBJECTS,
     configuration,
 )
+from .options import number, numbers
 from .provenance import warn_of_mixed
 from .reports import Tasks, finite, of_each_name, report
 from .servers import Worker, share_out, workers
@@ -170,18 +170,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def number(low: int, high: int) -> Callable[[str], int]:
-    """Return a reader of integers in a range."""
-
-    def read(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} is not in {low} to {high}")
-        return value
-
-    return read
-
-
 def said(options: dict[str, object]) -> str:
     """Write options as on the command line."""
     return " ".join(f"--{name} {value}" for name, value in options.items())
@@ -190,11 +178,6 @@ def said(options: dict[str, object]) -> str:
 def default_servers() -> int:
     """Return one server per core, or one alone on a GPU."""
     return 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
-
-
-def numbers(text: str) -> list[int]:
-    """Read "1,2,3"."""
-    return [int(part) for part in text.split(",")]
 
 
 def chosen(options: argparse.Namespace) -> list[str]:

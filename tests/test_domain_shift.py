@@ -1,17 +1,21 @@
 """The domain-shift benchmark: its distances against closed forms, its splits, one small run."""
 
-import argparse
+import json
 from itertools import product
 from math import comb
 
 import numpy as np
 import pytest
 import torch
-from scipy import linalg
+from PIL import Image
+from scipy import linalg, stats
 
 from benchmarks import domain_shift
+from benchmarks.digits import COUNT, READER, Reader, digits
 from benchmarks.distances import fid, kid, nearest, squared_mmd
-from benchmarks.domain_shift import MODES, Bench, Reader, Split, paired
+from benchmarks.domain_shift import Bench
+from benchmarks.shift_tables import METRICS
+from personalize.trainers.loop import train
 from tests.test_unconditional import SIDE, tiny_base
 from tests.tiny import noise
 
@@ -93,23 +97,42 @@ def test_nearest_is_zero_for_copies():
 # Splits and the run
 
 
-def test_no_picture_is_in_two_parts_of_a_split():
-    pool = torch.arange(1000.0).reshape(1000, 1, 1, 1)
-    for seed in (0, 1):
-        split = Split.of(pool, seed, images=200)
-        parts = [set(part.flatten().tolist()) for part in vars(split).values()]
-        assert [len(part) for part in parts] == [200, 200, 500]
-        assert len(set.union(*parts)) == 900
-    others = Split.of(pool, 2, images=200).training
-    assert set(others.flatten().tolist()) != set(split.training.flatten().tolist())
+def seen(pictures: torch.Tensor) -> set[float]:
+    return set(pictures.flatten().tolist())
+
+
+def test_no_picture_is_in_two_sets_and_those_for_tuning_are_in_no_other():
+    pool = torch.arange(1097.0).reshape(1097, 1, 1, 1)
+    bench = Bench(tiny_base(), Reader(16), pool, domain_shift.MOST, batch_size=2)
+    splits = {seed: bench.split(seed) for seed in (0, 1, domain_shift.TUNING)}
+    tuning = vars(splits.pop(domain_shift.TUNING)).values()
+    tuned = set.union(*map(seen, tuning))
+    assert [len(part) for part in tuning] == [219, 219, 0] and len(tuned) == 438
+    for split in splits.values():
+        parts = [seen(part) for part in vars(split).values()]
+        assert [len(part) for part in parts] == [219, 219, 219]
+        assert len(set.union(*parts)) == 657
+        assert not tuned & set.union(*parts)
+    assert seen(splits[0].training) != seen(splits[1].training)
 
 
 def test_the_readers_pictures_are_not_in_the_pool():
-    pictures, labels = domain_shift.digits(16)
+    pictures, labels = digits(16)
     assert pictures.shape == (1797, 1, 16, 16) and pictures.min() == -1 and pictures.max() <= 1
-    again, _ = domain_shift.digits(16)
+    again, _ = digits(16)
     assert torch.equal(again, pictures)  # the same shuffle every time: reader and pool stay apart
-    assert len(labels) == 1797 > domain_shift.READER + domain_shift.VALIDATION + 500
+    assert len(labels) == COUNT and READER + 5 * domain_shift.MOST <= COUNT
+
+
+def test_more_pictures_than_there_are_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        domain_shift.parsed(["--images", "220"])
+    assert "--images: 220 is not in 2 to 219" in capsys.readouterr().err
+
+
+def test_what_is_given_counts_more_than_quick():
+    options = domain_shift.parsed(["--quick", "--images", "200"])
+    assert (options.images, options.steps) == (200, "10,20")
 
 
 @pytest.mark.parametrize("best", domain_shift.LADDER)
@@ -132,34 +155,77 @@ def test_the_search_ends_at_a_rate_between_two_worse_ones(best, start):
 def bench(tmp_path, monkeypatch) -> Bench:
     monkeypatch.setattr(domain_shift, "WORK", tmp_path)
     monkeypatch.setattr(domain_shift, "SAMPLING_STEPS", 2)
-    pool = noise(250, 1, SIDE, SIDE).clamp(-1, 1)
+    pool = noise(100, 1, SIDE, SIDE).clamp(-1, 1)
     reader = Reader.trained(pool[:20], torch.arange(20) % 10, steps=2)
-    return Bench(tiny_base(), reader, pool, images=8, batch_size=2, samples=20)
+    return Bench(tiny_base(), reader, pool, images=20, batch_size=2)
 
 
-def test_every_training_is_done_once_and_told_in_the_tables(bench, monkeypatch):
-    seeds, steps = (0, 1), 2
-    cells = [bench.cell(mode, 1e-3, seed, steps) for seed in seeds for mode in MODES]
-    learned = {cell["mode"]: cell["learned_parameters"] for cell in cells}
-    assert learned["attention"] < learned["a3ft"] < learned["naive"]
-    monkeypatch.setattr(Bench, "_measure", None)  # a second time nothing is trained
-    assert [bench.cell(m, 1e-3, seed, steps) for seed in seeds for m in MODES] == cells
-    differences = paired(cells)
-    one, two = ([c["kid_held_out"] for c in cells if c["mode"] == m] for m in ("a3ft", "naive"))
-    mean, low, high = differences["a3ft - naive"]["kid_held_out"]
-    assert mean == pytest.approx(np.mean(one) - np.mean(two)) and low <= mean <= high
-    domain_shift.contact_sheet(bench, cells, domain_shift.WORK / "sheet.png")
-    result = {
-        "command": "python",
-        "machine": "here",
-        "settings": vars(argparse.Namespace(images=8, steps=2, batch_size=2, samples=20, seeds=2)),
-        "classifier_accuracy": 0.5,
-        "references": domain_shift.references(bench, seeds),
-        "sweep": {mode: {1e-3: 0.5} for mode in MODES},
-        "chosen": dict.fromkeys(MODES, 1e-3),
-        "table": {m: domain_shift.mean_of([c for c in cells if c["mode"] == m]) for m in MODES},
-        "paired": differences,
+def measured(cell: dict) -> dict:
+    return {key: cell[key] for key in (*METRICS, "step", "learned_parameters")}
+
+
+def test_a_training_goes_on_where_it_was_as_if_it_had_never_stopped(bench, monkeypatch, tmp_path):
+    at_once = bench.cells("a3ft", 1e-3, 0, [2, 4])
+    monkeypatch.setattr(domain_shift, "WORK", tmp_path / "again")
+    bench.cells("a3ft", 1e-3, 0, [2])
+    started = []
+
+    def noted(method, denoiser, data, state=None):
+        started.append(0 if state is None else state.done.index)
+        yield from train(method, denoiser, data, state)
+
+    monkeypatch.setattr(domain_shift, "train", noted)
+    assert list(map(measured, bench.cells("a3ft", 1e-3, 0, [2, 4]))) == list(map(measured, at_once))
+    assert started == [2]  # what was measured before is read back
+    bench.cells("a3ft", 1e-3, 0, [3, 4])
+    assert started == [2, 0]  # the state was too late
+
+
+def test_every_set_has_one_size(bench, monkeypatch):
+    sizes = []
+
+    def noted(x, y):
+        sizes.append((len(x), len(y)))
+        return fid(x, y)
+
+    monkeypatch.setattr(domain_shift, "fid", noted)
+    bench.cells("naive", 1e-3, 0, [1])
+    domain_shift.references(bench, [0])
+    assert sizes == [(20, 20)] * 6
+
+
+def cell(seed: int, kid_held_out: float) -> dict:
+    return dict.fromkeys(METRICS, kid_held_out) | {"seed": seed, "code": "c", "confidence": 0.5}
+
+
+def test_every_mode_is_compared_at_its_best_step_and_all_at_every_step(bench):
+    cells = {
+        "a3ft": {1: [cell(0, 0.5), cell(1, 0.4)], 2: [cell(0, 0.9), cell(1, 0.9)]},
+        "naive": {1: [cell(0, 0.8), cell(1, 0.8)], 2: [cell(0, 0.7), cell(1, 0.5)]},
     }
-    text = domain_shift.markdown(result)
-    assert all(f"| {name} | 0.001 |" in text for name in MODES)
-    assert "| a3ft - attention | " in text and "| real digits |" in text
+    assert domain_shift.best_steps(cells) == {"a3ft": 1, "naive": 2}
+    found = domain_shift.report(bench, cells, {})
+    assert found["table"]["naive"]["kid_held_out"] == pytest.approx(0.6)
+    mean, low, high = found["paired"]["a3ft - naive"]["kid_held_out"]
+    expected = stats.ttest_rel([0.5, 0.4], [0.7, 0.5]).confidence_interval(0.95)
+    assert (mean, low, high) == pytest.approx((-0.15, expected.low, expected.high))
+    assert found["kid_by_step"]["a3ft"][2] == pytest.approx((0.9, 0.9, 0.9))
+    assert found["paired_by_step"]["a3ft - naive"][1][0] == pytest.approx(-0.35)
+    assert found["code"] == {"c": 8}
+
+
+def test_the_command_measures_all_modes_and_tells_how_it_was_called(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(domain_shift, "WORK", tmp_path)
+    monkeypatch.setattr(domain_shift, "SAMPLING_STEPS", 2)
+    arguments = ["--quick", "--steps", "1", "--images", "20", "--json", str(tmp_path / "t.json")]
+    domain_shift.main([*arguments, "--sheet", str(tmp_path / "t.png")])
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert found["command"].startswith("python -m benchmarks.domain_shift --quick --steps 1 ")
+    learned = {mode: row["learned_parameters"] for mode, row in found["table"].items()}
+    assert learned["attention"] < learned["a3ft"] < learned["naive"]
+    text = (tmp_path / "t.md").read_text()
+    assert text.rstrip() == capsys.readouterr().out.rstrip()
+    assert all(text.count(f"\n| {mode} | ") == 2 for mode in domain_shift.MODES)
+    assert text.count("\n| a3ft - attention | ") == 2 and "| real digits |" in text
+    assert str(tmp_path) not in json.dumps(found["cells"])
+    assert Image.open(tmp_path / "t.png").size == (960, 5 * (4 * 48 + 8))

@@ -1,0 +1,100 @@
+"""The domain shift's results as Markdown tables, and its pictures side by side."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .tables import markdown_table
+
+METRICS = {
+    "kid_held_out": "KID to held-out pictures",
+    "fid_held_out": "FID to held-out pictures",
+    "kid_training": "KID to training pictures",
+    "fid_training": "FID to training pictures",
+    "nearest_training": "distance to the nearest training picture",
+    "gap": "denoising loss, held-out - training",
+    "held_out_loss": "denoising loss, held-out",
+}
+FACTS = {  # of a training: heading, and how it is written
+    "step": ("step", ".0f"),
+    "learning_rate": ("rate", "g"),
+    "learned_parameters": ("learned numbers", ",.0f"),
+}
+COLUMNS, SCALE = 20, 3  # of a sheet; pixels of a pixel
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Write the tables."""
+    said, by_step = result["settings"], result["kid_by_step"] | result["paired_by_step"]
+    heads = [*(head for head, _ in FACTS.values()), *METRICS.values(), "like a digit"]
+    how = {key: how for key, (_, how) in FACTS.items()}
+    how |= dict.fromkeys(METRICS, ".4f") | {"confidence": ".3f"}
+    rows = [
+        [name, *(f"{row[key]:{spec}}" if key in row else "" for key, spec in how.items())]
+        for name, row in (result["references"] | result["table"]).items()
+    ]
+    lines = [
+        "# A3FT's table 1, from drawn glyphs to scanned digits",
+        "",
+        f"`{result['command']}`",
+        "",
+        f"{said['images']} pictures in every set, batches of {said['batch_size']}, seeds "
+        f"{said['seeds']}; {result['machine']}. The classifier reads "
+        f"{result['classifier_accuracy']:.1%} of the digits that it was not trained on.",
+        "",
+        "Each mode at its best step, the one with the lowest KID to held-out pictures:",
+        "",
+        *markdown_table(["", *heads], rows),
+        "",
+        "Paired differences of these, mean [95 % interval over seeds]; less is better but for the "
+        "distance to the nearest training picture, where less is closer to memorising:",
+        "",
+        *interval_table(list(METRICS.values()), result["paired"]),
+        "",
+        "KID to held-out pictures at every step, mean [95 % interval over seeds]:",
+        "",
+        *interval_table([f"step {step}" for step in next(iter(by_step.values()))], by_step),
+        "",
+        "Learning rates tried (lowest KID on pictures that are in no other set):",
+        "",
+    ]
+    for mode, found in result["sweep"].items():
+        tried = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in found.items())
+        lines.append(f"- {mode}: {tried}")
+    return "\n".join(lines) + "\n"
+
+
+def interval_table(
+    heads: Sequence[str], rows: Mapping[str, Mapping[Any, Sequence[float]]]
+) -> list[str]:
+    """Return the lines of a table of means with their intervals."""
+    shown = [
+        [name, *(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" for mean, low, high in row.values())]
+        for name, row in rows.items()
+    ]
+    return markdown_table(["", *heads], shown)
+
+
+def sheet(pictures: Tensor) -> Image.Image:
+    """Lay pictures (N, 1, h, w) in [-1, 1] side by side."""
+    grey = ((pictures[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte()
+    columns = min(COLUMNS, len(grey))
+    grey = grey[: len(grey) // columns * columns]
+    rows = [torch.cat(list(row), 1) for row in grey.split(columns)]
+    image = Image.fromarray(torch.cat(rows).numpy())
+    size = (image.width * SCALE, image.height * SCALE)
+    return image.resize(size, Image.Resampling.NEAREST)
+
+
+def stacked(blocks: Sequence[Image.Image], rows: int = 4) -> Image.Image:
+    """Put the first rows of sheets of one width below each other."""
+    height = rows * blocks[0].width // COLUMNS  # pictures are square
+    gap = 8
+    total = Image.new("L", (blocks[0].width, len(blocks) * (height + gap)), 128)
+    for number, block in enumerate(blocks):
+        part = block.crop((0, 0, block.width, min(height, block.height)))
+        total.paste(part, (0, number * (height + gap)))
+    return total
