@@ -588,8 +588,29 @@ def test_sigmas_learn_and_the_history_tells(trained):
     _, denoiser, step = trained
     sigmas = torch.cat([p.noise.sigma.flatten() for p in posteriors(denoiser.unet)]).detach()
     assert (sigmas != 0.01).float().mean() > 0.5
-    assert step.facts.keys() == {"kl", "sigma"} and step.facts["kl"] > 0
+    assert step.facts.keys() == {"kl", "sigma", "sigma_floor"} and step.facts["kl"] > 0
     assert step.facts["sigma"] == pytest.approx(float(sigmas.clamp(min=1e-7).mean()), rel=1e-4)
+
+
+def test_a_sigma_that_fell_to_its_floor_stays_there_and_is_counted():
+    """Its gradient is 0 there, whatever the batch."""
+    method, denoiser = adapted(kl_weight=0.1, weight_decay=0.0)
+    found = list(posteriors(denoiser.unet))
+    with torch.no_grad():
+        found[0].noise.sigma.fill_(-0.01)
+        found[1].noise.sigma.flatten()[:3] = 1e-8
+    below = [p.noise.sigma.detach() <= 1e-7 for p in found]
+    before = [p.noise.sigma.detach().clone() for p in found]
+    parameters = [p for p in denoiser.unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    for step in range(3):
+        batch = method.draw(tiny_data(), denoiser, Draws(1, step, 0, 1))
+        method.update([Objective(method, denoiser, batch)], optimizer)
+    for posterior, low, sigma in zip(found, below, before, strict=True):
+        assert torch.equal(posterior.noise.sigma[low], sigma[low])
+        assert (posterior.noise.sigma[~low] != sigma[~low]).any() or low.all()
+    share = (found[0].mean.numel() + 3) / sum(p.mean.numel() for p in found)
+    assert method.facts()["sigma_floor"] == pytest.approx(share)
 
 
 def test_another_seed_and_another_step_give_other_noise():

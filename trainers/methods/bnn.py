@@ -214,9 +214,15 @@ class BNN(LoRA):
         s = self.settings
         if not found:
             return {}
+        count = sum(p.mean.numel() for p in found)
         total = torch.stack([p.noise.spread().sum() for p in found]).double().sum()
+        still = torch.stack([(p.noise.sigma <= LEAST_SIGMA).sum() for p in found]).sum()
         kl = divergence_of(found, s.kl_direction, s.kl_reduction)
-        return {"kl": float(kl), "sigma": float(total) / sum(p.mean.numel() for p in found)}
+        return {
+            "kl": float(kl),
+            "sigma": float(total) / count,
+            "sigma_floor": float(still) / count,
+        }
 
     def facts(self) -> dict[str, float]:
         return super().facts() | self._noise_facts
@@ -237,7 +243,7 @@ class Gaussian(nn.Module):
         self.seed: int | None = None  # of the batch; None: no noise
 
     def spread(self) -> Tensor:
-        """Return sigma, at least 1e-7, shaped like mu."""
+        """Return sigma, at least 1e-7, shaped like mu; one below learns no more."""
         return self.sigma.clamp(min=LEAST_SIGMA)
 
     def forward(self, mean: Tensor) -> Tensor:
