@@ -214,9 +214,11 @@ def test_every_mode_is_compared_at_its_best_step_and_all_at_every_step(bench):
     assert found["code"] == {"c": 8}
 
 
+@pytest.mark.slow
 def test_the_command_measures_all_modes_and_tells_how_it_was_called(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(domain_shift, "WORK", tmp_path)
     monkeypatch.setattr(domain_shift, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(domain_shift, "PROBED", 2)
     arguments = ["--quick", "--steps", "1", "--images", "20", "--json", str(tmp_path / "t.json")]
     domain_shift.main([*arguments, "--sheet", str(tmp_path / "t.png")])
     found = json.loads((tmp_path / "t.json").read_text())
