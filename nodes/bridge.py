@@ -286,6 +286,4 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     if wanted != "auto":
         return wanted
     fast = device.type != "cpu" and comfy.model_management.should_use_bf16(device)
-    choice = "bf16" if fast else "fp32"
-    logging.info("Personalize: training in %s on %s", choice, device)
-    return choice
+    return "bf16" if fast else "fp32"

@@ -27,8 +27,9 @@ from ..trainers.memory import forget
 from ..trainers.method import Method, by_size
 from ..trainers.monitor import over_fitting
 from ..trainers.report import History, ended
-from ..trainers.resume import Found, find, sketch
+from ..trainers.resume import Found, find, of_versions, sketch
 from ..trainers.run import BEST, FAILED, INTERRUPTED, LAST, Run, held
+from ..trainers.versions import versions
 from . import control
 from .base import Base, ModelBase
 from .bridge import choose_precision
@@ -97,8 +98,8 @@ class Session:
                 comfy.model_management.unload_all_models()
                 self._say("preparing the network")
                 stop_when_interrupted()
-                precision = choose_precision(self.method.settings.precision, device)
-                denoiser = self.base.denoiser(precision)
+                logging.info("Personalize: training in %s on %s", self.precision, device)
+                denoiser = self.base.denoiser(self.precision)
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                 trained, measured = (self.base.in_network_scale(d, denoiser) for d in material)
@@ -125,6 +126,12 @@ class Session:
         if not self.room.enough:
             raise MemoryError
         return self.room
+
+    @cached_property
+    def precision(self) -> str:
+        """What the base is held in; `auto` is resolved."""
+        device = comfy.model_management.get_torch_device()
+        return choose_precision(self.method.settings.precision, device)
 
     @property
     def model(self) -> ModelPatcher | None:
@@ -189,18 +196,25 @@ class Session:
     def _inputs(self) -> dict[str, Any]:
         """Return all that a run depends on, for run.json."""
         monitor = described_monitor(self.monitoring) if self.monitoring is not None else None
-        more = {"encoded": sketch(self.data), "dataset": self.data.traits()}
-        return asdict(self._header) | {"monitor": monitor} | more
+        return asdict(self._header) | {
+            "monitor": monitor,
+            "encoded": sketch(self.data),
+            "dataset": self.data.traits(),
+            "computed_in": self.precision,
+            "versions": versions(),
+        }
 
     def _create(self, inputs: dict[str, Any]) -> Run:
         """Make the run's folder."""
-        more = {name: inputs[name] for name in ("monitor", "encoded", "dataset")}
+        more = {name: value for name, value in inputs.items() if name not in asdict(self._header)}
         return Run.create(runs_root(), self.name, self._header, **more)
 
     def _story(self, found: Found, run: Run) -> str:
         """Say how the run came to be; nothing of the first one of a name."""
         if found.state is not None:
-            return f"run '{run.name}' resumed at step {found.state.done.index}"
+            others = "; ".join(of_versions(found.state.versions, versions()))
+            told = f"run '{run.name}' resumed at step {found.state.done.index}"
+            return f"{told}, with other versions: {others}" if others else told
         return f"new run '{run.name}': {found.why}" if found.why else ""
 
     def _handed_on(self, run: Run) -> Personalization:
@@ -335,4 +349,5 @@ def described_monitor(monitoring: Monitoring) -> dict[str, Any]:
         "prompts": [prompt.text for prompt in monitoring.shown],
         "prior_prompts": [prompt.text for prompt in monitoring.prior],
         "held_out": digest.hexdigest()[:16] if monitoring.held_out else None,
+        "held_out_caption": text.caption if (text := monitoring.held_out_text) else "",
     }

@@ -196,6 +196,19 @@ MEASURED = {
 END = {"end": True, "step": 2, "reason": "finished", "best_step": 1}
 
 
+FACTS = {
+    "method": "lora",
+    "settings": {"steps": 3, "precision": "auto"},
+    "base": {"family": "a", "geometry": "b", "weights": "c", "patches": "", "schedule": "d"},
+    "data": "0" * 16,
+    "run": "x",
+    **{"instance_prompt": "a zib", "class_prompt": "", "computed_in": "fp32"},
+    "monitor": {"every": 2},
+    "dataset": {"sizes": ["64x64"]},
+    "encoded": {"training latent": [0.5, 1.0], "training text": [0.25]},
+}
+
+
 def lying_line(rng: random.Random) -> str:
     """Return a line of a history in which one thing is wrong, or which is none."""
     line: dict[str, Any] = dict(rng.choice((LINE, MEASURED, END)))
@@ -209,9 +222,20 @@ def lying_line(rng: random.Random) -> str:
 
 def lying_facts(rng: random.Random) -> str:
     """Return a run.json in which one thing is wrong, or which is none."""
-    facts: dict[str, Any] = {"method": "lora", "settings": {"steps": 3}, "base": {}, "run": "x"}
-    lies: tuple[Any, ...] = (*NUMBERS, *WORDS[:-1], [], {}, True, {"steps": []}, ["lora"])
-    facts[rng.choice([*facts])] = rng.choice(lies)
+    facts: dict[str, Any] = dict(FACTS)
+    lies: tuple[Any, ...] = (
+        *NUMBERS,
+        *WORDS[:-1],
+        [],
+        {},
+        True,
+        {"steps": []},
+        ["lora"],
+        [10**400],
+    )
+    facts[rng.choice([*facts])] = rng.choice((*lies, None, nested(900), {"training latent": "a"}))
+    if rng.random() < 0.2:
+        facts.pop(rng.choice([*facts]))
     text = json.dumps(facts)
     return rng.choice((text, text, text, text[:-3], "[1]", "", "\0", "[" * 50_000, "\ud800"))
 

@@ -19,6 +19,7 @@ from personalize.trainers.artifact import Personalization
 from personalize.trainers.edits import of_weights
 from personalize.trainers.errors import InputError
 from personalize.trainers.methods import METHODS
+from personalize.trainers.resume import find
 from personalize.trainers.run import Run
 from personalize.trainers.time_aware import SITE
 from tests import mutations
@@ -174,6 +175,10 @@ def look_everywhere(run: Run) -> str:
     assert load.Load.define_schema() and report.Report.define_schema()
     assert all(type(step) is int for step in run.pinned())
     run.ended()
+    found = find(run.folder.parent, run.name, mutations.FACTS, mutations.FACTS["settings"])
+    assert len(found.why) <= 1000 and found.why.isprintable()
+    if found.claim is not None:
+        found.claim.release()
     answer = {"lines": routes._read_lines(run.folder / "history.jsonl", 0)[0], **routes._facts(run)}
     json.dumps(answer, allow_nan=False)
     try:

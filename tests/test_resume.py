@@ -3,22 +3,36 @@
 import dataclasses
 import importlib
 import importlib.util
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from personalize.nodes import session as node
+from personalize.trainers.data import PersonalData, Wording
 from personalize.trainers.edits import to_tensors
 from personalize.trainers.errors import InputError
 from personalize.trainers.loop import Step, train
 from personalize.trainers.methods import METHODS
 from personalize.trainers.optimizers import OPTIMIZERS
-from personalize.trainers.resume import of_data
+from personalize.trainers.resume import Found, find, near, of_data, sketch
 from personalize.trainers.run import Run
 from personalize.trainers.state import State, pack
+from personalize.trainers.versions import versions
 from tests.sessions import interrupt, monitoring, outcome, session, show
-from tests.tiny import comfy_model, make, mixed_data, rich_data, tiny_data, tiny_denoiser
+from tests.test_writing import as_nobody, told_by_child
+from tests.tiny import (
+    WIDTH,
+    comfy_model,
+    make,
+    mixed_data,
+    noise,
+    rich_data,
+    tiny_data,
+    tiny_denoiser,
+)
 
 HALF = 3  # steps
 
@@ -334,6 +348,155 @@ def test_data_of_another_encoder_is_other_data(root):
     other = session(steps=2, data=dataclasses.replace(data, training=(first, *data.training[1:])))
     other.train()
     assert "encoded by another CLIP or VAE" in other.said
+
+
+def encoded_otherwise(kind: str) -> PersonalData:
+    """Change one encoding by a tenth, where all others are a hundred times as large."""
+    data = tiny_data(2, prior=1, held_out=1)
+    group, _, part = kind.partition(" ")
+    if group == "empty":
+        return replace(data, empty=replace(data.empty, context=data.empty.context * 1.1))
+    (first, *rest), name = getattr(data, group), {"text": "context"}.get(part, part)
+    return replace(data, **{group: (replace(first, **{name: getattr(first, name) * 1.1}), *rest)})
+
+
+def loud(data: PersonalData, but: str) -> PersonalData:
+    """Let every encoding but one be a hundred times as large."""
+    group, _, part = but.partition(" ")
+
+    def louder(kind: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if (kind, name) == (group, part) else 100 * tensor
+
+    groups = {
+        kind: tuple(
+            replace(
+                e,
+                latent=louder(kind, "latent", e.latent),
+                context=louder(kind, "text", e.context),
+            )
+            for e in getattr(data, kind)
+        )
+        for kind in ("training", "held_out", "prior")
+    }
+    empty = replace(data.empty, context=louder("empty", "text", data.empty.context))
+    return replace(data, **groups, empty=empty)
+
+
+KINDS = [
+    "empty text",
+    *(f"{g} {p}" for g in ("training", "held_out", "prior") for p in ("latent", "text")),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_encoding_is_compared_by_its_own_size(kind):
+    plain = sketch(loud(tiny_data(2, prior=1, held_out=1), kind))
+    other = sketch(loud(encoded_otherwise(kind), kind))
+    assert near(plain, json.loads(json.dumps(plain))) and not near(plain, other)
+
+
+def test_a_sketch_of_an_older_run_is_of_the_first_picture():
+    data = tiny_data(2)
+    first = data.training[0]
+    latent, text = first.latent.flatten()[::16], first.context.flatten()[::14][:16]
+    old = [round(float(number), 4) for number in (*latent, *text)]
+    assert near(old, sketch(data)) and not near(old, sketch(encoded_otherwise("training latent")))
+    assert near(old, sketch(encoded_otherwise("empty text")))
+
+
+def rewrite(root: Path, **values) -> None:
+    """Change what run.json says; None: leave it out."""
+    path = root / "some" / "run.json"
+    facts = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({k: v for k, v in facts.items() if v is not None}))
+
+
+def test_a_run_in_another_precision_is_another_run(root):
+    session(steps=2, precision="auto").train()
+    rewrite(root, computed_in="bf16")
+    again = session(steps=2, precision="auto")
+    again.train()
+    assert again.said == (
+        "new run 'some 2': the base was in 'bf16', now in 'fp32' ('precision' auto)"
+    )
+    asked = session(steps=2, precision="fp32")
+    assert asked.train() and asked.said == "new run 'some 3': precision was 'auto', now 'fp32'"
+
+
+def test_a_run_of_before_all_that_was_noted_is_the_same_run(root):
+    session(steps=2, monitor=monitoring()).train()
+    base = json.loads((root / "some" / "run.json").read_text())["base"]
+    monitor = json.loads((root / "some" / "run.json").read_text())["monitor"]
+    old = {name: base[name] for name in ("family", "geometry", "weights", "patches")}
+    assert monitor.pop("held_out_caption") == ""
+    rewrite(root, base=old, monitor=monitor, computed_in=None, versions=None, encoded=None)
+    again = session(steps=2, monitor=monitoring())
+    again.train()
+    assert again.said.startswith("run 'some' finished before")
+
+
+def test_the_caption_of_held_out_pictures_is_part_of_a_run(root):
+    told = Wording("a zib", noise(7, WIDTH))
+    session(steps=2, monitor=monitoring()).train()
+    other = session(steps=2, monitor=replace(monitoring(), held_out_text=told))
+    other.train()
+    assert other.said == "new run 'some 2': the monitor's held_out_caption was '', now 'a zib'"
+
+
+def test_going_on_with_another_version_is_said(root, monkeypatch):
+    cancelled(monkeypatch, at=2, steps=3)
+    facts = json.loads((root / "some" / "run.json").read_text())
+    assert facts["versions"] == versions() and versions()["torch"] == torch.__version__
+    monkeypatch.setattr(node, "versions", lambda: versions() | {"torch": "99.0"})
+    again = session(steps=3)
+    again.train()
+    assert again.said == (
+        "run 'some' resumed at step 2, with other versions: "
+        f"torch was {torch.__version__}, now 99.0"
+    )
+
+
+LIES = {
+    "settings": 7,
+    "base": ["x"],
+    "encoded": {"training latent": 3},
+    "monitor": "none",
+    "dataset": 7,
+    "data": {"a": []},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_run_whose_facts_are_no_facts_does_not_block_its_name(root, lie):
+    session(steps=1).train()
+    rewrite(root, **({"data": ""} if lie == "dataset" else {}), **{lie: LIES[lie]})
+    again = session(steps=1)
+    again.train()
+    assert again.said.startswith("new run 'some 2': ")
+    back = session(steps=1)
+    assert back.train() and back.said.startswith("run 'some 2' finished before")
+
+
+def test_a_run_that_may_not_be_read_does_not_block_its_name(root):
+    session(steps=1).train()
+    forbidden = root / "some"
+    header = json.loads((forbidden / "run.json").read_text())
+    root.chmod(0o755)
+    forbidden.chmod(0o000)
+    try:
+        for parent in list(root.parents)[:2]:
+            parent.chmod(0o755)
+
+        def look() -> str:
+            as_nobody()
+            return str(find(root, "some", header, {}))
+
+        assert told_by_child(look) == str(Found())
+        forbidden.chmod(0o755)
+        (forbidden / "history.jsonl").chmod(0o000)
+        assert "'some' can not be read (Permission denied)" in told_by_child(look)
+    finally:
+        forbidden.chmod(0o755)
 
 
 def test_a_run_from_before_there_was_a_setting_is_the_same_run(root):

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from torch import Tensor
 
 from .data import PersonalData
-from .errors import InputError
+from .errors import InputError, brief, printable, reason_of
 from .run import FINAL, Run
 from .state import State
 
 TOLERANCE = 0.02  # how far encodings may be off, relative: a GPU is not exact
 SKETCHED = 16  # numbers of an encoding that are compared
+DIGITS = 4  # of them, after the point
+UNREADABLE = "the one before has no readable run.json"
 BASE = {
     "family": "another family",
     "geometry": "another size",
@@ -26,6 +29,7 @@ BASE = {
 SINCE = ("all_of_patches", "schedule")  # of the base, that runs of before did not note
 
 Inputs = Mapping[str, Any]  # what run.json holds: the header, the monitor, a sketch of the data
+Sketch = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,19 @@ def find(root: Path, name: str, inputs: Inputs, defaults: Inputs) -> Found:
     could go on, but its folder can not be written.
     """
     runs = Run.of_name(root, name)
-    alike = [run for run in runs if not changes(run.facts(), inputs, defaults)]
+    told = [compared(run.facts(), inputs, defaults) for run in runs]
+    alike = [run for run, changed in zip(runs, told, strict=True) if not changed]
     why = ""
     for run in alike:
-        if run.ended() in FINAL:
-            return Found(run)
-        found = claimed(run)
+        try:
+            found = Found(run) if run.ended() in FINAL else claimed(run)
+        except OSError as error:
+            found = Found(why=f"'{run.name}' can not be read ({reason_of(error)})")
         if found.run is not None:
             return found
         why = why or found.why
     if runs and not alike:
-        why = "; ".join(changes(runs[0].facts(), inputs, defaults))
+        why = printable(brief("; ".join(told[0]), 1000))
     return Found(why=why)
 
 
@@ -80,15 +86,26 @@ def claimed(run: Run) -> Found:
         return Found(why=str(error).replace("'name'", f"'{run.name}'", 1).removesuffix("."))
 
 
+def compared(before: Inputs, now: Inputs, defaults: Inputs) -> list[str]:
+    """Say what differs, as `changes` does, from a run.json that may hold anything."""
+    try:
+        return changes(before, now, defaults)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError):
+        return [UNREADABLE]
+
+
 def changes(before: Inputs, now: Inputs, defaults: Inputs) -> list[str]:
     """Say what differs, in words of the node's inputs: ["learning_rate was 0.0001, now 0.0002"]."""
     if not before:
-        return ["the one before has no readable run.json"]
+        return [UNREADABLE]
     if before.get("method") != now["method"]:
         return [f"the method was {before.get('method')}, now {now['method']}"]
-    told = list(differing(dict(defaults) | (before.get("settings") or {}), now["settings"]))
-    base = before.get("base") or {}
-    told += [f"the base has {other}" for other in of_base(base, now["base"])]
+    settings = {**defaults, **before["settings"]}
+    told = list(differing(settings, now["settings"]))
+    told += (
+        of_precision(before, now) if settings["precision"] == now["settings"]["precision"] else []
+    )
+    told += [f"the base has {other}" for other in of_base(before["base"], now["base"])]
     if before.get("data") != now["data"]:
         told += of_data(before.get("dataset") or {}, now.get("dataset") or {})
     elif "encoded" in before and not near(before["encoded"], now["encoded"]):
@@ -96,6 +113,20 @@ def changes(before: Inputs, now: Inputs, defaults: Inputs) -> list[str]:
     prompts = ("instance_prompt", "class_prompt")
     told += differing({n: before.get(n) for n in prompts}, {n: now[n] for n in prompts})
     return told + list(of_monitor(before.get("monitor"), now["monitor"]))
+
+
+def of_precision(before: Inputs, now: Inputs) -> Iterator[str]:
+    """Say what 'auto' stood for; runs of before did not note it."""
+    used, wanted = before.get("computed_in"), now.get("computed_in")
+    if used is not None and used != wanted:
+        yield f"the base was in {shown(used)}, now in {shown(wanted)} ('precision' auto)"
+
+
+def of_versions(before: Inputs, now: Inputs) -> Iterator[str]:
+    """Say which versions are others; runs of before did not note them."""
+    for name, version in now.items():
+        if (other := before.get(name, version)) != version:
+            yield f"{name} was {brief(other, 40)}, now {version}"
 
 
 def of_base(before: Inputs, now: Inputs) -> list[str]:
@@ -116,7 +147,8 @@ def of_monitor(before: Inputs | None, now: Inputs | None) -> Iterator[str]:
         if before is not now:
             yield f"a monitor was {'not ' if before is None else ''}connected"
         return
-    yield from (f"the monitor's {text}" for text in differing(before, now))
+    # what a run of before did not note is taken to be as it is now
+    yield from (f"the monitor's {text}" for text in differing({**now, **before}, now))
 
 
 def differing(before: Inputs, now: Inputs) -> Iterator[str]:
@@ -128,19 +160,36 @@ def differing(before: Inputs, now: Inputs) -> Iterator[str]:
 
 def shown(value: Any) -> str:
     """Return a value as people write it."""
-    return f"{value:g}" if isinstance(value, float) else repr(value).replace("None", "not set")
+    text = f"{value:g}" if isinstance(value, float) else repr(value).replace("None", "not set")
+    return brief(text)
 
 
-def sketch(data: PersonalData) -> list[float]:
-    """Return some numbers of the first picture's latent and text states."""
-    first = data.training[0]
-    return [
-        round(float(number), 4)
-        for tensor in (first.latent.flatten(), first.context.flatten())
-        for number in tensor[:: max(1, tensor.numel() // SKETCHED)][:SKETCHED]
-    ]
+def sketch(data: PersonalData) -> Sketch:
+    """Return some numbers of what VAE and CLIP made of the first picture of each kind."""
+    kinds = {"training": data.training, "held-out": data.held_out, "prior": data.prior}
+    found = {"empty text": data.empty.context, "empty pooled": data.empty.pooled}
+    for kind, (first, *_) in ((kind, examples) for kind, examples in kinds.items() if examples):
+        found |= {f"{kind} latent": first.latent, f"{kind} text": first.context}
+    return {name: some_of(tensor.flatten()) for name, tensor in found.items()}
 
 
-def near(before: list[float], now: list[float]) -> bool:
-    """Tell whether two sketches are of the same encodings."""
-    return len(before) == len(now) and math.dist(before, now) <= TOLERANCE * math.hypot(*now)
+def some_of(numbers: Tensor) -> list[float]:
+    """Return numbers (N,) from all over, rounded."""
+    places = slice(None, None, max(1, len(numbers) // SKETCHED))
+    return [round(float(number), DIGITS) for number in numbers[places][:SKETCHED]]
+
+
+def near(before: Sketch | list[float], now: Sketch) -> bool:
+    """Tell whether two sketches are of the same encodings.
+
+    before: of older runs a list, of the first training picture alone.
+    """
+    if isinstance(before, list):
+        return alike(before, now["training latent"] + now["training text"])
+    return before.keys() == now.keys() and all(alike(before[name], now[name]) for name in now)
+
+
+def alike(before: list[float], now: list[float]) -> bool:
+    """Tell whether some numbers of an encoding are those of the same one."""
+    most = TOLERANCE * math.hypot(*now) + SKETCHED * 10**-DIGITS
+    return len(before) == len(now) and math.dist(before, now) <= most

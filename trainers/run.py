@@ -68,7 +68,7 @@ class Run:
             cls(root / (name if number == 1 else numbered(name, number)))
             for number in sorted(numbers_of(name, names), reverse=True)
         ]
-        return [r for r in runs if (r.folder / "run.json").is_file() and inside(root, r.folder)]
+        return [run for run in runs if is_run(root, run.folder)]
 
     @classmethod
     def open(cls, root: Path, name: str) -> "Run":
@@ -240,6 +240,14 @@ def inside(root: Path, folder: Path) -> bool:
     return os.path.realpath(folder).startswith(os.path.realpath(root) + os.sep)
 
 
+def is_run(root: Path, folder: Path) -> bool:
+    """Tell whether a folder below `root` holds a run that may be read."""
+    try:
+        return (folder / "run.json").is_file() and inside(root, folder)
+    except OSError:  # not ours to look into, or deleted just now
+        return False
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; None where it is missing or damaged."""
     try:
@@ -253,9 +261,9 @@ def list_runs(root: Path) -> list[str]:
     found: list[tuple[float, str]] = []
     for name in os.listdir(root) if root.is_dir() else []:
         folder = root / name
-        with suppress(OSError):  # not ours to read, or deleted just now
-            if (folder / "run.json").is_file() and inside(root, folder):
-                found += [(folder.stat().st_mtime, name)] if Run(folder).checkpoints() else []
+        with suppress(OSError):  # deleted just now
+            if is_run(root, folder) and Run(folder).checkpoints():
+                found.append((folder.stat().st_mtime, name))
     return [name for _, name in sorted(found, reverse=True)]
 
 

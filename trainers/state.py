@@ -6,7 +6,7 @@ step is not kept: the schedule, and all that is drawn.
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from .artifact import UNREADABLE, atomic, unmapped
 from .errors import InputError, brief
 from .health import Health
+from .versions import versions
 
 FORMAT = 1
 HEADER = "personalize-state"  # key of our JSON in the file's metadata
@@ -45,13 +46,15 @@ class State:
     average: dict[str, Any]  # of the parameters, and over how many steps; {} without one
     optimizer: dict[str, Any]  # its state_dict
     method: dict[str, Any]  # its state_dict
+    versions: dict[str, str] = field(default_factory=versions)  # it was made with
 
     def save(self, path: Path) -> None:
         """Write the file atomically. Raises InputError for what no file of this kind can hold."""
         tensors: dict[str, Tensor] = {}
         values = {**vars(self), "done": vars(self.done), "health": vars(self.health)}
-        packed = {name: pack(value, name, tensors) for name, value in values.items()}
-        metadata = {HEADER: json.dumps({"format": FORMAT, "values": packed})}
+        header = {"format": FORMAT, "versions": values.pop("versions")}
+        header["values"] = {name: pack(value, name, tensors) for name, value in values.items()}
+        metadata = {HEADER: json.dumps(header)}
         with atomic(path) as temporary:
             save_file(tensors, temporary, metadata)
 
@@ -70,7 +73,8 @@ class State:
             done, health = Done(**values.pop("done")), Health(**values.pop("health"))
             if type(done.index) is not int or done.index < 1:
                 raise ValueError(f"step {done.index}")
-            return cls(done=done, health=health, **values)
+            made_with = {str(k): str(v) for k, v in header.get("versions", {}).items()}
+            return cls(done=done, health=health, versions=made_with, **values)
         except InputError:
             raise
         except (*UNREADABLE, AttributeError, LookupError) as error:
