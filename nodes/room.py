@@ -12,6 +12,7 @@ from ..trainers.data import PersonalData
 from ..trainers.denoiser import Denoiser
 from ..trainers.memory import needed, remedies
 from ..trainers.method import Method
+from .monitor import stop_when_interrupted
 
 GIB = 2**30
 
@@ -31,7 +32,7 @@ class Room:
     @cached_property
     def needed(self) -> int:
         """Bytes at the peak, the network's own among them."""
-        return needed(self.method, self.denoiser, self.data)
+        return needed(self.method, self.denoiser, self.data, heed=stop_when_interrupted)
 
     @cached_property
     def free(self) -> int:
@@ -69,7 +70,7 @@ class Room:
     @cached_property
     def advice(self) -> str:
         """Say what would need less, and how much it would need then."""
-        found = remedies(self.method, self.denoiser, self.data)
+        found = remedies(self.method, self.denoiser, self.data, stop_when_interrupted)
         helpful = {change: size for change, size in found.items() if size < 0.98 * self.needed}
         listed = "; ".join(f"{change}: {gib(size)}" for change, size in helpful.items())
         return f"What needs less: {listed}" if helpful else "Train on smaller pictures"

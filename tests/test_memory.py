@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 
 import comfy.model_management
 import pytest
@@ -22,9 +23,10 @@ from personalize.trainers.memory import LiveBytes, needed, remedies
 from personalize.trainers.methods import METHODS
 from personalize.trainers.methods.a3ft import A3FT
 from personalize.trainers.run import Run
+from personalize.trainers.settings import MOST_BATCHES
 from personalize.trainers.unconditional import UnconditionalSettings, pixel_data
 from tests.published import ROOT
-from tests.sessions import session, show
+from tests.sessions import interrupt, session, show
 from tests.test_unconditional import pictures, tiny_base
 from tests.tiny import example, make, noise, sd_alphas, tiny_data, tiny_denoiser, tiny_unet
 
@@ -57,6 +59,41 @@ def test_the_memory_that_a_run_needs_is_known_before(name, checkpointing, how):
     assert all(torch.equal(before[name], after[name]) for name in before)
     steps = 8 if name == "selective_zo" else 2  # both branches
     assert estimate == pytest.approx(measured(method, denoiser, data, steps), rel=0.05)
+
+
+class Stopped(BaseException):
+    """What a stop button raises."""
+
+
+@pytest.mark.parametrize("parts", [3, 9])
+def test_batches_beyond_the_second_leave_nothing_behind_but_themselves(parts):
+    method, denoiser = make(METHODS["lora"], gradient_accumulation=parts), tiny_denoiser()
+    estimate, held = (f(method, denoiser, tiny_data()) for f in (needed, measured))
+    assert estimate == pytest.approx(held, rel=0.005)
+
+
+def test_a_large_step_is_rehearsed_as_fast_as_a_small_one():
+    seconds, heeded = [], []
+    for parts in (2, MOST_BATCHES):
+        begun = time.perf_counter()
+        method = make(METHODS["lora"], gradient_accumulation=parts, batch_size=1)
+        needed(method, tiny_denoiser(), tiny_data(), heed=lambda: heeded.append(1))
+        seconds.append(time.perf_counter() - begun)
+    assert seconds[1] < 5 * seconds[0] and len(heeded) == 4
+
+
+def test_more_batches_than_a_step_may_have_are_no_remedy():
+    method = make(METHODS["lora"], gradient_accumulation=MOST_BATCHES, batch_size=2)
+    assert not any("batch_size" in told for told in remedies(method, tiny_denoiser(), tiny_data()))
+
+
+@pytest.mark.parametrize("estimate", [needed, remedies])
+def test_a_rehearsal_can_be_stopped(estimate):
+    def stop() -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        estimate(make(METHODS["lora"]), tiny_denoiser(), tiny_data(), heed=stop)
 
 
 def test_live_bytes_are_counted():
@@ -127,6 +164,15 @@ def test_a_whole_sd15_is_known_without_holding_it():
 
 
 # In ComfyUI
+
+
+def test_the_stop_button_ends_a_rehearsal(root, monkeypatch):
+    """Pressed once the network is there."""
+    show(monkeypatch, lambda text: text == "preparing the network" and interrupt())
+    monkeypatch.setattr(node, "stop_when_interrupted", lambda: None)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        session(steps=2).train()
+    assert not (root / "some").exists()
 
 
 @pytest.fixture

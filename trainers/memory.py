@@ -6,7 +6,7 @@ for themselves (some 0.5 GiB) comes on top.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any
@@ -26,19 +26,29 @@ from .loop import Learner, draw_objectives
 from .method import Method, Objective
 from .methods.dreambooth import DreamBooth
 from .methods.lora import LoRA, LoRASettings
-from .settings import Settings
+from .settings import MOST_BATCHES, Settings
 
 LOOKED_AT = 8  # steps that are drawn to find every kind: sizes of pictures, ways to move
+REHEARSED = 2  # batches of a step that are gone through; each leaves behind what the first two do
 aten = torch.ops.aten
 
 
-def needed(method: Method, denoiser: Denoiser, data: PersonalData, halved: bool = False) -> int:
+def needed(
+    method: Method,
+    denoiser: Denoiser,
+    data: PersonalData,
+    halved: bool = False,
+    heed: Callable[[], None] = lambda: None,
+) -> int:
     """Return the bytes that training holds at its peak, the network's own among them.
 
     denoiser: as it will be trained: its precision, and whether it checkpoints; left as it is.
-    halved: with pictures of half the side. Raises InputError as training would.
+    halved: with pictures of half the side. heed: called between rehearsed steps, may raise.
+    Raises InputError as training would.
     """
     settings = method.settings
+    parts = settings.gradient_accumulation
+    settings = replace(settings, gradient_accumulation=min(parts, REHEARSED))
     if settings.optimizer == "adamw-8bit":  # has no step without numbers; this needs more
         settings = replace(settings, optimizer="adamw")
     method = type(method)(settings)
@@ -51,31 +61,41 @@ def needed(method: Method, denoiser: Denoiser, data: PersonalData, halved: bool 
             steps = [[replace(o, batch=half_size(o.batch)) for o in step] for step in steps]
         for number in (1, 2):  # the optimiser has its state from the second on
             for objectives in steps:
+                heed()
                 learner.advance(number, objectives, settings.learning_rate)
-    return rehearsal.peak - spared(denoiser)
+    largest = max(size_of(objective.batch) for step in steps for objective in step)
+    waiting = max(0, parts - REHEARSED) * largest  # all batches of a step are drawn before it
+    return rehearsal.peak + waiting - spared(denoiser)
 
 
-def remedies(method: Method, denoiser: Denoiser, data: PersonalData) -> dict[str, int]:
+def remedies(
+    method: Method,
+    denoiser: Denoiser,
+    data: PersonalData,
+    heed: Callable[[], None] = lambda: None,
+) -> dict[str, int]:
     """Return what can be changed for less memory, and the peak with it in bytes; best first."""
     settings, found = method.settings, {}
+
+    def peak(method: Method, denoiser: Denoiser, halved: bool = False) -> int:
+        return needed(method, denoiser, data, halved, heed)
+
     if not denoiser.unet.is_gradient_checkpointing:
         lean = without_numbers(denoiser)
         lean.unet.enable_gradient_checkpointing()
-        found["'gradient_checkpointing' on"] = needed(method, lean, data)
+        found["'gradient_checkpointing' on"] = peak(method, lean)
     if denoiser.dtype is torch.float32:
         small = without_numbers(denoiser, torch.bfloat16)
-        found["'precision' bf16"] = needed(method, small, data)
-    if settings.batch_size > 1:
-        parts = settings.gradient_accumulation * settings.batch_size
+        found["'precision' bf16"] = peak(method, small)
+    parts = settings.gradient_accumulation * settings.batch_size
+    if settings.batch_size > 1 and parts <= MOST_BATCHES:
         single = type(method)(replace(settings, batch_size=1, gradient_accumulation=parts))
-        found[f"'batch_size' 1 and 'gradient_accumulation' {parts}"] = needed(
-            single, denoiser, data
-        )
+        found[f"'batch_size' 1 and 'gradient_accumulation' {parts}"] = peak(single, denoiser)
     if all(side % (2 * denoiser.size_multiple) == 0 for side in data.training[0].latent.shape[1:]):
-        found["pictures of half the side ('resolution')"] = needed(method, denoiser, data, True)
+        found["pictures of half the side ('resolution')"] = peak(method, denoiser, True)
     if isinstance(method, DreamBooth):
         common = {field.name: getattr(settings, field.name) for field in fields(Settings)}
-        found["Train LoRA instead"] = needed(LoRA(LoRASettings(**common)), denoiser, data)
+        found["Train LoRA instead"] = peak(LoRA(LoRASettings(**common)), denoiser)
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
@@ -86,6 +106,11 @@ def kinds_of_step(method: Method, denoiser: Denoiser, data: PersonalData) -> lis
         objectives = list(draw_objectives(method, denoiser, data, index))
         kinds.setdefault(tuple(o.batch.latents.shape for o in objectives), objectives)
     return list(kinds.values())
+
+
+def size_of(batch: Batch) -> int:
+    """Return the bytes of a batch's tensors."""
+    return sum(tensor.nbytes for tensor in vars(batch).values() if torch.is_tensor(tensor))
 
 
 def half_size(batch: Batch) -> Batch:

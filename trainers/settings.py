@@ -8,6 +8,8 @@ from typing import Any
 from .errors import InputError
 from .optimizers import OPTIMIZERS
 
+MOST_BATCHES = 1024  # of one step
+
 
 def knob(default: Any, help: str, *, advanced: bool = False, **limits: Any) -> Any:
     """Declare a field that is also a widget. `limits`: min, max, step, or choices."""
@@ -62,7 +64,7 @@ class Settings:
         1,
         "Batches averaged into one step: a larger batch in the memory of a small one.",
         min=1,
-        max=1024,
+        max=MOST_BATCHES,
         advanced=True,
     )
     optimizer: str = knob(
