@@ -66,18 +66,21 @@ def report(tasks: Tasks, cache: Path) -> dict[str, Any]:
             for name, histories in found.histories.items()
             if any("gamma_0" in line for line in histories[0])
         },
+        **on_the_way(found),
+    }
+
+
+def on_the_way(found: Judged) -> dict[str, Any]:
+    """Return means and differences at every step of a trajectory."""
+    steps = {str(step): table for step, table in found.on_the_way.items()}
+    names, both = (found.histories, pairs(found.table)) if steps else ((), ())
+    return {
         "trajectory": {
-            name: {
-                str(s): mean_scores(at[name]) for s, at in found.on_the_way.items() if name in at
-            }
-            for name in (found.histories if found.on_the_way else ())
+            name: {step: mean_scores(at[name]) for step, at in steps.items()} for name in names
         },
         "trajectory_differences": {
-            f"{name} - {other}": {
-                str(step): paired(at.get(name, {}), at.get(other, {}))
-                for step, at in found.on_the_way.items()
-            }
-            for name, other in (pairs(table) if found.on_the_way else ())
+            f"{name} - {other}": {step: paired(at[name], at[other]) for step, at in steps.items()}
+            for name, other in both
         },
     }
 
