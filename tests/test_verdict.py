@@ -153,13 +153,16 @@ def grainy(*values: float) -> list[Evaluation]:
 
 
 def test_the_corruption_stage_is_a_hump():
-    run = grainy(1.0, 1.05, 1.3, 1.2, 1.02)
+    run = grainy(1.0, 1.05, 1.3, 1.2, 1.1, 1.05, 1.02)
     assert corruption_stage(run) == (2, 1.3)
     assert verdict(run, Rules()).endswith("pictures up to 30 % grainier, at step 2, less later")
     assert corruption_stage(u_shape()) is None
 
 
-@pytest.mark.parametrize("values", [(1.0, 1.1, 1.2, 1.3), (1.0, 1.3, 1.28, 1.26), (1.0, 1.05, 1.0)])
+@pytest.mark.parametrize(
+    "values",
+    [(1.0, 1.1, 1.2, 1.3), (1.0, 1.3, 1.28, 1.26), (1.0, 1.05, 1.0), (1.0, 1.36, 1.4, 1.38, 1.29)],
+)
 def test_what_only_rises_or_hardly_falls_is_no_stage(values):
     assert corruption_stage(grainy(*values)) is None
     said = verdict(grainy(*values), Rules())

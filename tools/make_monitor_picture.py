@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Draw docs/monitor.png: a training node as it trains, as ComfyUI's own page shows it.
+"""Draw docs/monitor.png, docs/monitor_light.png and docs/report.png.
 
-Trains the demo base on a made-up subject, far too long, with a monitor (some minutes on a CPU):
+A training node as it trains, as ComfyUI's own page shows it in its dark and light theme, and what
+Personalize Report makes of the run. Trains the demo base on a made-up subject, far too long, with
+a monitor (some minutes on a CPU):
 
     COMFYUI_PATH=… python tools/make_monitor_picture.py
 """
@@ -13,10 +15,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
+from PIL import Image  # noqa: E402
+
 from headless import Comfy, ComfyServer, Graph, fill_defaults  # noqa: E402
 from tests.browser import ComfyPage, launch, open_page  # noqa: E402
 
-OUT = ROOT / "docs" / "monitor.png"
+DOCS = ROOT / "docs"
 STEPS, SHOWN = 400, 330  # the picture is taken at that step
 ZOOM = 1.5
 
@@ -35,7 +39,21 @@ def main() -> None:
         page.run("async graph => { await app.loadApiJson(graph, 'totem') }", graph)
         page.queue()
         page.wait(f"{AT} >= {SHOWN}", seconds=900)
-        shoot(page)
+        shoot(page, DOCS / "monitor.png")
+        page.run(
+            "async () => { await app.extensionManager.setting.set('Comfy.ColorPalette', 'light') }"
+        )
+        shoot(page, DOCS / "monitor_light.png")
+        report(comfy)
+
+
+def report(comfy: Comfy) -> None:
+    """Wait for the run's end, and save its report."""
+    graph = Graph()
+    node = graph.add("PersonalizeReport", run="my subject")
+    (file,) = comfy.run(fill_defaults(graph, comfy.object_info())).files(node)
+    picture = comfy.image(file).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    picture.save(DOCS / "report.png", optimize=True)
 
 
 def training() -> Graph:
@@ -58,7 +76,7 @@ def training() -> Graph:
 AT = "parseInt(document.querySelector('.personalize-monitor .progress')?.textContent)"
 
 
-def shoot(page: ComfyPage) -> None:
+def shoot(page: ComfyPage, path: Path) -> None:
     """Save the training node, down to the end of its monitor."""
     page.run(
         """zoom => {
@@ -82,8 +100,8 @@ def shoot(page: ComfyPage) -> None:
         "width": whole["width"] + 2 * edge,
         "height": monitor["y"] + monitor["height"] - whole["y"] + 2 * edge,
     }
-    page.page.screenshot(path=str(OUT), clip=clip)  # type: ignore[arg-type]
-    print(OUT)
+    page.page.screenshot(path=str(path), clip=clip)  # type: ignore[arg-type]
+    print(path)
 
 
 if __name__ == "__main__":

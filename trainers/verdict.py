@@ -166,14 +166,14 @@ def stopped_at(evaluations: Evaluations, rules: Rules) -> int | None:
 def corruption_stage(evaluations: Evaluations) -> tuple[int, float] | None:
     """Return step and index of the hump of graininess: more than before, and than after; or None.
 
-    A quarter of what was above the base must be gone again at the end.
+    A quarter of what was above the base must be gone again in all of the last RISEN evaluations.
     """
     grain = curve(evaluations, "corruption")
-    if not grain:
+    step, top = max(grain, key=lambda point: point[1], default=(0, 1.0))
+    if top < GRAINY:
         return None
-    step, top = max(grain, key=lambda point: point[1])
-    gone = (top - grain[-1][1]) / (top - 1) if top > 1 else 0.0
-    return (step, top) if top >= GRAINY and gone >= FALLEN else None
+    gone = top - max(index for _, index in grain[-RISEN:])
+    return (step, top) if gone >= FALLEN * (top - 1) else None
 
 
 def state(evaluations: Evaluations, rules: Rules) -> str:
