@@ -28,13 +28,13 @@ from personalize.trainers.methods.bnn import (
     divergence,
     draw,
     drawn,
-    normal_kl,
     posteriors,
     random_layers,
     tuned_layers,
 )
 from personalize.trainers.methods.dreambooth import DreamBooth
 from personalize.trainers.methods.lora import LoRA
+from personalize.trainers.normal import normal_kl
 from personalize.trainers.oft import rotations, set_rotations
 from personalize.trainers.sites import sites
 from tests.test_bridge import question as comfy_question

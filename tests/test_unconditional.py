@@ -1,6 +1,7 @@
 """Unconditional pixel-space bases: read from folders, trained, loaded, sampled."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,15 +12,18 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
+from torch.distributions import Normal, kl_divergence
 
 from headless import Graph, PromptFailed, fill_defaults
 from personalize.nodes import unconditional as nodes
 from personalize.trainers.artifact import Header, Personalization
 from personalize.trainers.errors import InputError
 from personalize.trainers.loop import train
+from personalize.trainers.memory import needed
 from personalize.trainers.method import denoising_loss
 from personalize.trainers.methods.a3ft import A3FT
-from personalize.trainers.monitor import stable_loss
+from personalize.trainers.monitor import fixed_batch, stable_loss
+from personalize.trainers.pixel_denoiser import reverse_step, variational_bound
 from personalize.trainers.pixel_folder import load_unconditional
 from personalize.trainers.resume import of_base
 from personalize.trainers.unconditional import (
@@ -237,7 +241,7 @@ WRONG = {
     "wrong class": (config(_class_name="UNet2DConditionModel"), r"holds UNet2DCond.* instead of"),
     "not JSON": (not_json, r"holds no readable config.json"),
     "class labels": (config(num_class_embeds=10), r"conditioned on class labels; choose another"),
-    "learned variance": (config(out_channels=2), r"predicts variances"),
+    "variances as such": (schedule(variance_type="learned"), r"predicts variances as such"),
     "channels": (config(in_channels=4, out_channels=4), r"has 4 input and 4 output channels"),
     "no size": (config(sample_size=None), r"for size None, not for squares"),
     "not square": (config(sample_size=[8, 16]), r"for size \[8, 16\], not for squares"),
@@ -435,6 +439,143 @@ def test_the_schedule_is_part_of_a_base():
     assert of_base(plain, tiny_base().fingerprint()) == []
     for other in (velocity, linear):
         assert of_base(plain, other.fingerprint()) == ["another schedule"]
+
+
+# Bases that predict variances
+
+
+def with_variances(channels: int = 1, prediction_type: str = "epsilon") -> Unconditional:
+    return tiny_base(channels, prediction_type, out_channels=2 * channels)
+
+
+def asked(base: Unconditional, timesteps=(0, 1, 500, 998)):
+    """A batch, its noisy pixels, and what the base says to them with gradients."""
+    denoiser, count = base.denoiser(), len(timesteps)
+    data = pixel_data(pictures(count, base.channels, seed=3))
+    latents = torch.stack([example.latent for example in data.training])
+    batch = fixed_batch(
+        data.training, latents, noise(*latents.shape, seed=4), torch.tensor(timesteps)
+    )
+    noisy = denoiser.noised(batch.latents, batch.noise, batch.timesteps)
+    answer = denoiser.answer(noisy, batch.timesteps)
+    return denoiser, batch, noisy, answer.detach().requires_grad_()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_bound_is_its_naive_reference(channels, prediction_type):
+    """T KL(q(x_t-1 | x_t, x_0) || p) in bits; at t = 0 the chance of the picture's own bytes."""
+    base = with_variances(channels, prediction_type)
+    denoiser, batch, noisy, answer = asked(base)
+    found = variational_bound(denoiser, batch, noisy, answer)
+    signal = base.schedule.alphas_cumprod.double()
+    betas = [1 - a / b for a, b in zip(signal, [1.0, *signal.tolist()], strict=False)]
+    for i, t in enumerate(batch.timesteps.tolist()):
+        a, b = signal[t], signal[t - 1] if t else torch.ones((), dtype=signal.dtype)
+        x, x0 = noisy[i].double(), batch.latents[i].double()
+        said, v = answer[i].detach().double().chunk(2)
+        guess = a.sqrt() * x - (1 - a).sqrt() * said
+        if prediction_type == "epsilon":
+            guess = (x - (1 - a).sqrt() * said) / a.sqrt()
+        alpha, beta = a / b, betas[t]
+        least = beta * (1 - b) / (1 - a)
+        if t == 0:  # that of the next timestep
+            least = betas[1] * (1 - signal[0]) / (1 - signal[1])
+        means = [
+            (b.sqrt() * beta * clean + alpha.sqrt() * (1 - b) * x) / (1 - a)
+            for clean in (x0, guess)
+        ]
+        deviation = torch.exp((v + 1) / 4 * beta.log() + (1 - v) / 4 * least.log())
+        model = Normal(means[1], deviation)
+        if t:
+            term = kl_divergence(Normal(means[0], least.sqrt()), model).mean()
+        else:
+            upper = torch.where(x0 > 1 - 1 / 255, 1.0, model.cdf(x0 + 1 / 255))
+            lower = torch.where(x0 < 1 / 255 - 1, 0.0, model.cdf(x0 - 1 / 255))
+            term = -(upper - lower).clamp(min=1e-12).log().mean()
+        assert float(found[i].detach()) == pytest.approx(1000 * float(term) / math.log(2), rel=2e-3)
+
+
+def test_variances_lie_where_diffusers_has_them():
+    """At v in [-1, 1] between those of the schedule, as its sampler reads the same network."""
+    base = with_variances()
+    schedule = DDPMScheduler.from_config(base.schedule.config, variance_type="learned_range")
+    v = torch.linspace(-1, 1, 5)
+    for t in (1, 10, 999):
+        _, _, beta, least = (x.flatten() for x in reverse_step(base.denoiser(), torch.tensor([t])))
+        logs = (v + 1) / 2 * beta.log() + (1 - v) / 2 * least.log()
+        assert torch.allclose(logs, schedule._get_variance(t, v), rtol=1e-3)
+
+
+def test_the_bound_trains_variances_alone():
+    denoiser, batch, noisy, answer = asked(with_variances(3))
+    variational_bound(denoiser, batch, noisy, answer).sum().backward()
+    predicted, v = answer.grad.chunk(2, dim=1)
+    assert not predicted.any() and v.flatten(1).any(1).all() and v.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_base_that_predicts_variances_is_trained_loaded_and_sampled(tmp_path, mode):
+    base = load_unconditional(write(tmp_path / "base", with_variances(3)))
+    denoiser, learned = trained(base, mode=mode)
+    learned.save(tmp_path / "last.safetensors")
+    loaded = base.apply(Personalization.load(tmp_path / "last.safetensors"))
+    x, t = question(3)
+    with torch.no_grad():
+        answer = denoiser.answer(x, t)
+        assert answer.shape == (2, 6, SIDE, SIDE)
+        assert distance(loaded.network()(x, t).sample, answer) < 1e-5
+        plain = base.unet(x, t).sample
+        for half, before in zip(answer.chunk(2, 1), plain.chunk(2, 1), strict=True):
+            assert distance(half, before) > 1e-3  # both learned something
+        assert torch.equal(denoiser(x, t), answer[:, :3])
+    for eta in (0.0, 1.0):
+        assert draw(loaded, eta=eta).shape == (2, 3, SIDE, SIDE)
+        assert torch.equal(draw(base.apply(learned, 0.0), eta=eta), draw(base, eta=eta))
+
+
+def test_the_loss_has_the_bound_and_what_is_measured_has_not():
+    base = with_variances()
+    method, (denoiser, batch, noisy, answer) = A3FT(UnconditionalSettings()), asked(base)
+    simple = denoising_loss(denoiser, batch)
+    bound = variational_bound(denoiser, batch, noisy, answer)
+    assert torch.allclose(method.errors(denoiser, batch), simple + 1e-3 * bound, rtol=1e-4)
+    assert 1e-3 * bound[0] > 0.5 * simple[0]
+    held_out = pixel_data(pictures(2)).training
+    plain = tiny_base().denoiser()
+    plain.unet.load_state_dict(first_half(base.unet))
+    assert stable_loss(denoiser, held_out) == pytest.approx(stable_loss(plain, held_out), rel=1e-5)
+    assert torch.equal(method.errors(plain, batch), denoising_loss(plain, batch))
+
+
+def first_half(unet: UNet2DModel) -> dict[str, torch.Tensor]:
+    """The weights of the same network without variances."""
+    return {n: x.chunk(2)[0] if n.startswith("conv_out") else x for n, x in snapshot(unet).items()}
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_variances_do_not_change_what_ddim_draws(eta):
+    base, plain = with_variances(), tiny_base()
+    plain.unet.load_state_dict(first_half(base.unet))
+    assert torch.allclose(draw(base, eta=eta), draw(plain, eta=eta), atol=1e-6)
+
+
+def test_memory_is_known_where_variances_are_predicted():
+    data, method = pixel_data(pictures(4)), A3FT(UnconditionalSettings(steps=2, batch_size=4))
+    more, less = (needed(method, b.denoiser(), data) for b in (with_variances(), tiny_base()))
+    assert less < more < 1.2 * less
+
+
+def test_training_lowers_the_bound():
+    base = with_variances()
+    denoiser, _ = trained(base, steps=25, mode="naive", learning_rate=3e-3)
+    bounds = []
+    for asked_of in (base.denoiser(), denoiser):
+        _, batch, noisy, _ = asked(base, timesteps=(50, 300, 600, 900))
+        with torch.no_grad():
+            answer = asked_of.answer(noisy, batch.timesteps)
+            bounds.append(float(variational_bound(asked_of, batch, noisy, answer).mean()))
+    assert bounds[1] < 0.8 * bounds[0]
 
 
 # Sampling

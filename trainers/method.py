@@ -66,7 +66,11 @@ class Method:
         weight = batch.weight
         if self.settings.min_snr_gamma > 0:
             weight = weight * denoiser.min_snr_weight(batch.timesteps, self.settings.min_snr_gamma)
-        return (weight * denoising_loss(denoiser, batch)).sum()
+        return (weight * self.errors(denoiser, batch)).sum()
+
+    def errors(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        """Return the loss of each example, (B,)."""
+        return denoising_loss(denoiser, batch)
 
     def update(self, objectives: Sequence["Objective"], optimizer: torch.optim.Optimizer) -> Tensor:
         """How it moves: back-propagate the objectives' mean, clip, step. Returns that mean.
@@ -246,7 +250,11 @@ def assemble(
 def denoising_loss(denoiser: Denoiser, batch: Batch) -> Tensor:
     """Return || target - prediction ||^2, averaged over what counts of each example: (B,)."""
     noisy = denoiser.noised(batch.latents, batch.noise, batch.timesteps)
-    predicted = denoiser(noisy, batch.timesteps, *batch.conditions)
+    return error_of(denoiser(noisy, batch.timesteps, *batch.conditions), denoiser, batch)
+
+
+def error_of(predicted: Tensor, denoiser: Denoiser, batch: Batch) -> Tensor:
+    """Do the same for a prediction (B, C, h, w) that was made already."""
     target = denoiser.target(batch.latents, batch.noise, batch.timesteps)
     return averaged(F.mse_loss(predicted, target, reduction="none"), batch.masks)
 

@@ -27,6 +27,7 @@ MOST = {  # of numbers in the JSON files, above which no base is read: far beyon
 }
 MOST_LEVELS = 10
 PIECE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+CHANNELS = ((1, 1), (3, 3), (1, 2), (3, 6))  # in and out; twice as many: with variances
 UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, ZeroDivisionError)
 
 
@@ -53,7 +54,7 @@ def load_unconditional(folder: Path, input_name: str = "base") -> Unconditional:
     """Read a base from a diffusers folder.
 
     Raises InputError for another kind of model, missing or damaged weights, and what training
-    does not know: class labels, learned variances, continuous time, latents of a VAE.
+    does not know: class labels, continuous time, latents of a VAE.
     """
 
     def wrong(problem: str) -> InputError:
@@ -88,8 +89,7 @@ def unknown_to_training(facts: dict[str, Any], pipeline: dict[str, Any]) -> str:
         "is conditioned on class labels": labels,
         "is quantised": "quantization_config" in facts,
         "counts time continuously (a score network), not in steps": time != "positional",
-        "predicts variances too, which is not trained here": (channels, out) in ((1, 2), (3, 6)),
-        f"has {channels} input and {out} output channels": (channels, out) not in ((1, 1), (3, 3)),
+        f"has {channels} input and {out} output channels": (channels, out) not in CHANNELS,
         f"is for size {size}, not for squares": not (square and isinstance(sides[0], int)),
     }
     found = [problem for problem, applies in problems.items() if applies]
@@ -184,6 +184,8 @@ def read_schedule(folder: Path) -> DDIMScheduler | str:
     kind = found.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         return f"predicts '{kind}', not noise or velocity; choose another base"
+    if found.get("variance_type") == "learned":
+        return "predicts variances as such, not between its schedule's; choose another base"
     try:
         return cast(DDIMScheduler, DDIMScheduler.from_config(found))
     except (*UNREADABLE, NotImplementedError) as error:

@@ -22,6 +22,7 @@ from .edits import Edit, of_weights, parameter_name
 from .errors import InputError
 from .method import generator
 from .methods.a3ft import A3FTSettings
+from .pixel_denoiser import PixelDenoiser
 from .settings import knob
 from .sites import parameter_sites
 from .time_aware import SITE, TimeAware, attach
@@ -29,15 +30,6 @@ from .time_aware import SITE, TimeAware, attach
 FAMILY = "unconditional"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NO_TEXT = torch.zeros(1, 0)  # (L, D): what stands for text states
-
-
-class PixelDenoiser(Denoiser):
-    """Predict noise (or velocity) on pixels; `unet` is a UNet2DModel, text is not looked at."""
-
-    def forward(self, noisy: Tensor, timesteps: Tensor, *_: Any) -> Tensor:
-        """Return the prediction, (B, C, H, W) fp32, for noisy pixels (B, C, H, W)."""
-        dtype = self.unet.conv_in.weight.dtype
-        return self.unet(noisy.to(dtype), timesteps).sample.float()
 
 
 @dataclass(frozen=True)
@@ -230,7 +222,8 @@ def sample(
     shape = (base.channels, base.side, base.side)
     pixels = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
     for t in schedule.timesteps:
-        predicted = unet(pixels.to(unet.device), t).sample.float().cpu()
+        answer = unet(pixels.to(unet.device), t).sample.float().cpu()
+        predicted = answer[:, : base.channels]  # behind it: variances, which DDIM has of its own
         variance = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
         how: Any = {"eta": eta, "variance_noise": variance}
         pixels = schedule.step(predicted, int(t), pixels, **how).prev_sample  # pyright: ignore

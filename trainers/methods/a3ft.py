@@ -9,21 +9,25 @@ is frozen. Between every self-attention and its output projection sits an adapte
 time t: it mixes channels, and a gate says how much of the mix each channel takes. The mixing is
 shared by all blocks of one width. The paper's table 1 is the three modes naive, attention and a3ft.
 
-There on unconditional bases, with Adam at 2e-4, batches of 128 and 500 epochs of about 1000
-pictures. Ours: text-to-image bases (the adapter is in self-attention, and cross-attention learns
-with it), the lower learning rate for a few pictures, SiLU between W1 and W2, LN over channels, the
-start of the gate, and the strength s at loading: s times every weight's change, and s a.
+There on unconditional bases that predict variances too (L_simple + .001 L_vlb), with Adam at 2e-4,
+batches of 128 and 500 epochs of about 1000 pictures. Ours: text-to-image bases (the adapter is in
+self-attention, and cross-attention learns with it), the lower learning rate for a few pictures,
+SiLU between W1 and W2, LN over channels, the start of the gate, and the strength s at loading: s
+times every weight's change, and s a.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..data import Batch
+from ..denoiser import Denoiser
 from ..edits import Edit
 from ..errors import InputError
 from ..free import differences, set_free
-from ..method import Method
+from ..method import Method, error_of
+from ..pixel_denoiser import LAMBDA, PixelDenoiser, variational_bound
 from ..settings import Settings, knob
 from ..sites import layers_of
 from ..time_aware import SHUT, SITE, TimeAware, set_time_aware
@@ -93,6 +97,14 @@ class A3FT(Method):
         set_free(unet, free)
         if s.mode == "a3ft":
             set_time_aware(unet, GATES[s.gate])
+
+    def errors(self, denoiser: Denoiser, batch: Batch) -> Tensor:
+        if not (isinstance(denoiser, PixelDenoiser) and denoiser.predicts_variance):
+            return super().errors(denoiser, batch)
+        noisy = denoiser.noised(batch.latents, batch.noise, batch.timesteps)
+        answer = denoiser.answer(noisy, batch.timesteps)
+        simple = error_of(answer[:, : noisy.shape[1]], denoiser, batch)
+        return simple + LAMBDA * variational_bound(denoiser, batch, noisy, answer)
 
     def learned(self, unet: nn.Module) -> Mapping[str, Edit | TimeAware]:
         edits = differences(unet)

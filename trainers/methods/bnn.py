@@ -33,6 +33,7 @@ from ..edits import Edit
 from ..errors import InputError
 from ..free import Free, differences, set_free
 from ..method import Objective, generator
+from ..normal import normal_kl
 from ..oft import rotations, set_rotations
 from ..settings import knob
 from ..sites import ROLES, layers_of, sites
@@ -413,9 +414,3 @@ def together(found: Iterable[Posterior]) -> Iterator[tuple[Tensor, Tensor, Tenso
         sigma = torch.cat([posterior.noise.sigma.flatten() for posterior in group])
         zero, prior_sigma = mean.new_zeros(()), mean.new_full((), number)
         yield mean, sigma.clamp(min=LEAST_SIGMA), zero, prior_sigma
-
-
-def normal_kl(mean: Tensor, sigma: Tensor, other_mean: Tensor, other_sigma: Tensor) -> Tensor:
-    """Return KL(N(mean, sigma^2) || N(other_mean, other_sigma^2)), element-wise, 0 if equal."""
-    ratio, shift = sigma / other_sigma, (mean - other_mean) / other_sigma
-    return (ratio.square() + shift.square() - 1) / 2 - ratio.log()
