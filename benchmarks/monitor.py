@@ -333,11 +333,21 @@ def report(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
                 "cells": rows,
                 "mean": {name: mean(rows, name) for name in next(iter(rows.values()))},
                 "interval": {name: by_subject(rows, name) for name in RATIOS},
+                "gamma": mean_gamma([cell for _, cell in own]),
                 "within_2_percent": sum(r["picked_vs_best"] <= 0.02 for r in rows.values()),
             }
     every = {f"{m}/{key}": row for m, each in methods.items() for key, row in each["cells"].items()}
     overall = {name: mean(every, name) for name in RATIOS if every}
     return {**overall, "machine": machine(), "plan": asdict(tasks[0].plan), "methods": methods}
+
+
+def mean_gamma(cells: Sequence[Cell]) -> dict[str, list[float]]:
+    """Return the indicator of every bin, low timesteps first, by step: the mean over cells."""
+    lines = zip(*(cell.lines for cell in cells), strict=True)
+    return {
+        str(at_step[0]["step"]): np.mean([line["gamma"] for line in at_step], 0).round(3).tolist()
+        for at_step in lines
+    }
 
 
 def mean(rows: Mapping[str, Mapping[str, float]], name: str) -> float:
