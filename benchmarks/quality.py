@@ -38,6 +38,7 @@ import os
 import shlex
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = []
     if not options.only_kept:
         failed = compute(tasks, options.cache, options.servers)
-        measure_memories(tasks, options.cache)
+        measure_memories(tasks, options.cache, options.servers)
     result = report(tasks, options.cache)
     if not result["code"]:
         raise SystemExit(f"{options.cache} holds none of these cells: run without --only-kept")
@@ -219,14 +220,22 @@ def compute(tasks: Tasks, cache: Path, servers: int) -> list[str]:
     return failed
 
 
-def measure_memories(tasks: Tasks, cache: Path) -> None:
+def measure_memories(tasks: Tasks, cache: Path, servers: int) -> None:
     """Measure the peak memory of every row once; a GPU's is in each cell."""
     if torch.cuda.is_available():
         return
-    for name, task in of_each_name(tasks).items():
-        if task.load(cache) is not None and not memory_file(task, cache).exists():
-            print(f"{time.strftime('%H:%M:%S')} memory of {name}", file=sys.stderr)
-            measure_memory(task, cache)
+    missing = {
+        name: task
+        for name, task in of_each_name(tasks).items()
+        if task.load(cache) is not None and not memory_file(task, cache).exists()
+    }
+
+    def one(name: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} memory of {name}", file=sys.stderr)
+        measure_memory(missing[name], cache)
+
+    with ThreadPoolExecutor(servers) as pool:
+        list(pool.map(one, missing))
 
 
 def picture(tasks: Tasks, cache: Path) -> Image.Image:
