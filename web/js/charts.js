@@ -150,7 +150,7 @@ export class Charts {
     #lossRange() {
         const { evaluations = [], steps = [], smooth = [] } = this.#history ?? {}
         const stable = evaluations.flatMap((line) => [line.train, line.held_out])
-        const steady = smooth.filter((_, i) => steps[i] > UNSTEADY)
+        const steady = smooth.filter((value, i) => isNumber(value) && steps[i] > UNSTEADY)
         const seen = [...stable, ...(steady.length ? steady : smooth)].filter(isNumber)
         const low = seen.reduce((a, b) => Math.min(a, b), Infinity)
         const high = seen.reduce((a, b) => Math.max(a, b), -Infinity)
@@ -245,7 +245,7 @@ function lossData(history) {
         history.series((line) => line.train),
         history.series((line) => line.held_out),
     ]
-    return uPlot.join(tables, [[0, 0], [0, 0], [0, 0]])
+    return uPlot.join(tables, [[0, 1], [0, 0], [0, 0]]) // 1: left-out steps are gaps in the line
 }
 
 // Give a plot the size of its place; resize only when that changed.

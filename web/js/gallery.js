@@ -9,10 +9,13 @@ export class Gallery {
     #shown = "" // what the strip holds
     #large = null
 
-    // pick(index): the slider was moved to that evaluation.
+    // pick(index): the slider was moved to that evaluation; -1: to the right end.
     constructor(pick) {
         this.#slider.setAttribute("aria-label", "Evaluation to look at")
-        this.#slider.addEventListener("input", () => pick(Number(this.#slider.value)))
+        this.#slider.addEventListener("input", () => {
+            const { value, max } = this.#slider
+            pick(value === max ? -1 : Number(value)) // there may be more by now than were drawn
+        })
         const row = element("div", "row")
         row.append(this.#slider, this.#caption)
         this.element = element("div", "gallery")

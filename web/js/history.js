@@ -15,7 +15,8 @@ const REASONS = {
 export class History {
     constructor() {
         this.steps = [] // of the lines of single steps
-        this.smooth = [] // the running mean of their loss
+        this.smooth = [] // the running mean of their loss; null where a step was left out
+        this.leftOut = 0 // steps, because their loss or its gradient was not finite
         this.evaluations = []
         this.end = null
         this.facts = { title: "", total_steps: null, running: false, pinned: [] }
@@ -31,7 +32,7 @@ export class History {
             if (line.end) this.end = line
             else if (!isCount(line.step)) continue
             else if (line.evaluation) this.#addEvaluation(line)
-            else if (isNumber(line.loss)) this.#addStep(line)
+            else if (isNumber(line.learning_rate)) this.#addStep(line)
         }
     }
 
@@ -45,13 +46,18 @@ export class History {
     #addStep({ step, loss }) {
         while (this.steps.length && this.steps.at(-1) >= step) {
             this.steps.pop()
-            this.smooth.pop()
+            this.leftOut -= this.smooth.pop() === null
         }
+        this.steps.push(step)
+        this.smooth.push(isNumber(loss) ? this.#meanWith(loss) : null)
+        this.leftOut += !isNumber(loss)
+        this.end = null
+    }
+
+    #meanWith(loss) {
         this.#mean = MEMORY * this.#mean + (1 - MEMORY) * loss
         this.#weight = MEMORY * this.#weight + (1 - MEMORY)
-        this.steps.push(step)
-        this.smooth.push(this.#mean / this.#weight)
-        this.end = null
+        return this.#mean / this.#weight
     }
 
     get isEmpty() {
@@ -70,9 +76,21 @@ export class History {
         return this.newest?.total_steps ?? this.facts.total_steps ?? this.step
     }
 
+    // The best step; null where there is none to tell, as where simply the last one is kept.
     get bestStep() {
         const step = this.end?.best_step ?? this.newest?.best_step
-        return isCount(step) ? step : null
+        return isCount(step) && !this.keepsLast ? step : null
+    }
+
+    // Whether any loss on held-out pictures was measured.
+    get isHeldOut() {
+        return this.evaluations.some((line) => isNumber(line.held_out))
+    }
+
+    // Whether the last step is kept: by the monitor's rules, or for want of held-out pictures.
+    get keepsLast() {
+        const rule = this.evaluations.find((line) => line.rules)?.rules.best
+        return rule !== "train" && (rule === "last" || !this.isHeldOut)
     }
 
     get isTraining() {
@@ -90,8 +108,10 @@ export class History {
     losses() {
         const stride = Math.ceil(this.steps.length / MOST_POINTS) || 1
         const last = this.steps.length - 1
-        const kept = (_, i) => (last - i) % stride === 0
-        return [this.steps.filter(kept), this.smooth.filter(kept)]
+        const kept = this.steps.map((_, i) => i).filter((i) => (last - i) % stride === 0)
+        const since = (i) => this.smooth.slice(Math.max(0, i - stride + 1), i + 1)
+        const values = kept.map((i) => since(i).findLast(isNumber) ?? null)
+        return [kept.map((i) => this.steps[i]), values]
     }
 
     // A number of the evaluations: [steps, values], null where there is none.
@@ -100,9 +120,9 @@ export class History {
         return [this.evaluations.map((line) => line.step), values]
     }
 
-    // The running mean at the newest step up to `step`.
+    // The running mean after `step`: of the newest steps up to it that were not left out.
     lossAt(step) {
-        return this.smooth[lastUpTo(this.steps, step)] ?? null
+        return this.smooth.slice(0, lastUpTo(this.steps, step) + 1).findLast(isNumber) ?? null
     }
 
     // The index of the evaluation nearest to `step`, or -1.

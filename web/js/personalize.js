@@ -13,11 +13,13 @@ const WIDGET = "monitor"
 const LEAST_WIDTH = 340 // px of a node that shows a chart
 const MARGIN = 10 // px around the widget, in classic nodes
 const PAUSE = 400 // ms between two readings at least
+const NO_ID = "00000000-0000-0000-0000-000000000000" // of a graph that has none of its own yet
 const PATIENCE = 5000 // ms without an event, after which a run that goes on is read anyway
 
 const client = new Client(api)
 const monitors = new Set() // of the nodes in the page's graph
 const latest = new Map() // what the server told last, by workflow and node
+let executed = null // the id of the node that the server executes for this page
 
 class Monitor {
     #node
@@ -204,16 +206,30 @@ function findNode(id) {
     return node ?? null
 }
 
-// Whether what the server tells is about this node: ids alone are the same in many workflows.
-function isAbout(shown, node) {
-    if (node.properties[PROPERTY] === shown.run) return true
+// Whether what the server tells is about this node. Nodes have the same ids in many workflows, and
+// workflows have the same id when they were made from one template: so the name has to fit, too,
+// unless this page sees the run go on: then the node was given another name since.
+function isAbout({ run, node: id, workflow }, node, isNews) {
+    if (node.properties[PROPERTY] === run) return true
+    if (workflow === rootGraph().id)
+        return mayBeCalled(node, run) || (isNews && executed === id && countOpen(workflow) < 2)
+    const isElsewhere = workflow !== null && (workflow !== NO_ID || countOpen(NO_ID) > 0)
+    if (isElsewhere || (!isNews && node.properties[PROPERTY])) return false
+    return mayBeCalled(node, run)
+}
+
+// How many of the workflows that are open have an id.
+function countOpen(id) {
+    const open = app.extensionManager?.workflow?.openWorkflows ?? []
+    return open.filter((workflow) => workflow.activeState?.id === id).length
+}
+
+// Whether a run may be this node's by its name.
+function mayBeCalled(node, run) {
     const name = node.widgets?.find((widget) => widget.name === "name")?.value
     const inputs = node.inputs ?? []
     const isLinked = inputs.some((input) => input.widget?.name === "name" && input.link !== null)
-    if (!isLinked && typeof name === "string" && !isNumbered(shown.run, name)) return false
-    if (shown.workflow === undefined || shown.workflow === rootGraph().id) return true
-    const others = app.extensionManager?.workflow?.openWorkflows ?? []
-    return !others.some((workflow) => workflow.activeState?.id === shown.workflow)
+    return isLinked || typeof name !== "string" || isNumbered(run, name)
 }
 
 // Whether a run is called `name`, or that with a number because the name was taken.
@@ -223,11 +239,11 @@ function isNumbered(run, name) {
     return stem !== undefined && (stem === name || (stem.length > 60 && name.startsWith(stem)))
 }
 
-// Let a node show what the server tells of it.
-function attribute(shown) {
+// Let a node show what the server tells of it: just now (news), or before.
+function attribute(shown, isNews = false) {
     const node = findNode(shown.node)
     const monitor = [...monitors].find((monitor) => monitor.node === node)
-    if (!monitor || !isAbout(shown, node)) return
+    if (!monitor || !isAbout(shown, node, isNews)) return
     if (node.properties[PROPERTY] !== shown.run) {
         node.properties[PROPERTY] = shown.run
         remember()
@@ -282,8 +298,9 @@ app.registerExtension({
     setup() {
         api.addEventListener(EVENT, ({ detail }) => {
             latest.set(`${detail.workflow} ${detail.node}`, detail)
-            attribute(detail)?.poke()
+            attribute(detail, true)?.poke()
         })
+        api.addEventListener("executing", ({ detail }) => (executed = detail))
         const each = (act) => monitors.forEach(act)
         api.addEventListener("reconnected", () => each((monitor) => monitor.poke()))
         const redraw = () => each((monitor) => monitor.redraw())

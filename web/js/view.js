@@ -22,7 +22,7 @@ const PLOTS = {
     drift: "Prior drift and corruption by step",
     gamma: "Over-fitting indicator by step and timestep",
 }
-const HEIGHTS = { idle: 26, plain: 176, full: 344, samples: 94, buttons: 29, message: 19 } // px
+const HEIGHTS = { idle: 26, plain: 176, full: 344, samples: 94, buttons: 29, text: 19 } // px
 const TIPS = {
     loss: "Loss of single steps, smoothed: mostly the luck of the timestep.",
     train: "Loss on the training pictures, at fixed timesteps and noise.",
@@ -34,6 +34,7 @@ const TIPS = {
 }
 const GAMMA = "How much better than the base the training pictures are known, by timestep: 0 to 1."
 const PATIENCE = "Patience: evaluations without a new best, after which the training ends."
+const BASE = "Step 0 is the base: it needs no pin."
 const STOP = "End after this step; keep the best checkpoint and the last, and go on with the graph."
 
 export class View {
@@ -74,6 +75,7 @@ export class View {
             part("idle"),
             head,
             second,
+            part("note"),
             part("readLosses"),
             part("losses"),
             part("readDrift"),
@@ -104,7 +106,8 @@ export class View {
         const charts = history.evaluations.length ? HEIGHTS.full : HEIGHTS.plain
         const samples = history.sampled(0) ? HEIGHTS.samples : 0
         const buttons = history.isTraining ? HEIGHTS.buttons : 0
-        return charts + samples + buttons + (this.#message ? HEIGHTS.message : 0)
+        const texts = [this.#note, this.#message].filter(Boolean).length
+        return charts + samples + buttons + texts * HEIGHTS.text
     }
 
     // Show that there is nothing to show, and why.
@@ -166,8 +169,9 @@ export class View {
 
     #pick(index) {
         const evaluations = this.#history?.evaluations ?? []
-        if (!evaluations[index]) return
-        this.#picked = index === evaluations.length - 1 ? null : evaluations[index].step
+        const line = evaluations.at(index)
+        if (!line) return
+        this.#picked = line === evaluations.at(-1) ? null : line.step
         this.#draw()
     }
 
@@ -177,6 +181,7 @@ export class View {
     }
 
     async #ask(wish) {
+        if (wish === "pin" && this.#picked === 0) return this.say(BASE)
         const button = this.#parts[wish]
         button.disabled = true
         try {
@@ -209,17 +214,16 @@ export class View {
             const address = (name) => this.#actions.sample(this.#run, name, history.facts.created)
             this.gallery.draw(history.evaluations, this.#index, sampled, address)
         }
+        const kept = this.#picked === null ? "the next step" : `step ${this.#picked}`
         this.#parts.pin.title =
-            this.#picked === null
-                ? "Keep the checkpoint of the next step for good."
-                : `Keep the checkpoint of step ${this.#picked} for good.`
+            this.#picked === 0 ? BASE : `Keep the checkpoint of ${kept} for good.`
         this.#charts ??= this.#makeCharts()
         this.#charts.draw(history, this.#picked)
         this.#read()
     }
 
     #head() {
-        const { state, run, progress, verdict } = this.#parts
+        const { state, run, progress, verdict, note } = this.#parts
         const history = this.#history
         state.textContent = history.state
         state.dataset.state = history.state
@@ -228,20 +232,36 @@ export class View {
         const left = this.#secondsLeft
         const until = left === null ? "" : ` · ${duration(left)} left`
         progress.textContent = history.isTraining ? `${step} / ${total}${until}` : `${step} steps`
-        verdict.textContent = this.#verdict()
+        verdict.replaceChildren(...this.#verdict())
         verdict.title = `${verdict.textContent}. ${PATIENCE}`
+        note.textContent = note.title = this.#note
+        note.hidden = !note.textContent
     }
 
+    // How it stands, the word for it first, as texts and elements.
     #verdict() {
         const history = this.#history
         const newest = history.newest
-        if (!newest) return "Connect a Monitor for held-out loss, drift, samples."
-        const words = [newest.verdict]
+        if (!newest) return ["Connect a Monitor for held-out loss, drift, samples."]
+        const word = element("span", "word", { textContent: newest.verdict ?? "" })
+        word.dataset.word = word.textContent
+        const words = []
         const best = history.bestStep
         if (best !== null) words.push(`best at ${best.toLocaleString("en")}`)
         if (history.isTraining && isNumber(newest.patience_left))
             words.push(`patience ${newest.patience_left}`)
-        return words.filter(Boolean).join(" · ")
+        return [word, ...words.map((text) => ` · ${text}`)]
+    }
+
+    // What there is to say of a run that has no best step, or not all of its steps.
+    get #note() {
+        const { newest, keepsLast, isHeldOut, leftOut } = this.#history
+        const why = isHeldOut ? "" : "nothing held out: "
+        const count = leftOut === 1 ? "1 step" : `${leftOut.toLocaleString("en")} steps`
+        const words = []
+        if (newest && keepsLast) words.push(`${why}the last step is kept`)
+        if (leftOut) words.push(`${count} left out: not finite`)
+        return words.join(" · ")
     }
 
     // Write the values at the pointer, else of the evaluation looked at, else the newest ones.
