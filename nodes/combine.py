@@ -62,7 +62,7 @@ class Combine(io.ComfyNode):
     @torch.inference_mode(False)
     @torch.no_grad()
     def execute(cls, model, personalized, how, strength) -> io.NodeOutput:
-        with at(cls):
+        with at(cls, how=how, strength=strength):
             patched, text = combined(model, personalized, how, strength)
             return io.NodeOutput(patched, text, ui={"text": [text]})
 

@@ -159,7 +159,7 @@ class Dataset(io.ComfyNode):
     @torch.inference_mode(False)
     @torch.no_grad()
     def execute(cls, images, clip, vae, prior_images=None, masks=None, **widgets) -> io.NodeOutput:
-        with at(cls):
+        with at(cls, **widgets):
             request = Request(**widgets)
             pictures = unpack("images", images)
             prior = unpack("prior_images", prior_images) if prior_images else []

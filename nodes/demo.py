@@ -113,7 +113,8 @@ class DemoSubject(io.ComfyNode):
     @torch.inference_mode(False)
     @torch.no_grad()
     def execute(cls, subject, count, split, resolution, subject_name) -> io.NodeOutput:
-        with at(cls):
+        widgets = {"subject": subject, "count": count, "split": split, "resolution": resolution}
+        with at(cls, **widgets, subject_name=subject_name):
             if not subject_name.isalnum():
                 raise InputError("subject_name", f"is '{subject_name}'; give one word.")
         pictures = subject_pictures(subject, count, split, resolution, subject_name.lower())

@@ -84,7 +84,7 @@ class ExportLoRA(io.ComfyNode):
     def execute(
         cls, personalized, filename_prefix, full_weights, rank, model=None
     ) -> io.NodeOutput:
-        with at(cls):
+        with at(cls, filename_prefix=filename_prefix, full_weights=full_weights, rank=rank):
             path = free_path(filename_prefix)
             export = exported(personalized, model, rank if full_weights == LOW_RANK else None)
             tensors = export.tensors()

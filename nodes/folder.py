@@ -97,7 +97,7 @@ class Folder(io.ComfyNode):
     @torch.inference_mode(False)
     @torch.no_grad()
     def execute(cls, folder, shorter_side=0) -> io.NodeOutput:
-        with at(cls):
+        with at(cls, shorter_side=shorter_side):
             pictures = load(picture_files(folder), shorter_side)
         captions = [picture.caption for picture in pictures]
         told = summary(pictures)

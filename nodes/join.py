@@ -54,7 +54,7 @@ class JoinSubjects(io.ComfyNode):
     @torch.inference_mode(False)
     @torch.no_grad()
     def execute(cls, data, balance) -> io.NodeOutput:
-        with at(cls):
+        with at(cls, balance=balance):
             together = joined(data, balance)
             text = summary(together)
             return io.NodeOutput(together, text, ui={"text": [text]})

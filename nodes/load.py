@@ -29,6 +29,7 @@ from ..trainers.run import NAMED, Run, list_runs
 from ..trainers.time_aware import SITE, TimeAware, block_of
 from .bridge import PREFIX, fingerprint, own_weights, twin_names
 from .inject import add_time_aware
+from .widgets import check_widget
 from .wires import CATEGORY, PersonalizedWire, at
 
 NO_RUNS = "(no runs yet)"
@@ -223,7 +224,7 @@ class Apply(io.ComfyNode):
     @torch.inference_mode(False)
     @torch.no_grad()
     def execute(cls, model, personalized, strength) -> io.NodeOutput:
-        with at(cls):
+        with at(cls, strength=strength):
             return io.NodeOutput(personalize(model, personalized, strength)[0])
 
 
@@ -285,6 +286,7 @@ class Load(io.ComfyNode):
     @torch.no_grad()
     def execute(cls, model, run, checkpoint, strength) -> io.NodeOutput:
         with at(cls):
+            check_widget(STRENGTH, strength)
             learned = Run.open(runs_root(), run).load(checkpoint)
             patched, text = personalize(model, learned, strength)
             return io.NodeOutput(patched, text, learned, ui={"text": [text]})

@@ -29,7 +29,7 @@ from .load import STRENGTH, Load, report, runs_root
 from .request import unpack
 from .session import Place, Session
 from .train import LEARNED, MONITOR, NAME, described
-from .widgets import widget
+from .widgets import check_widget, widget
 from .wires import CATEGORY, PersonalizedWire, PixelDataWire, UnconditionalWire, at
 
 PLACE = f"{CATEGORY}/unconditional"
@@ -176,7 +176,7 @@ class PixelDataset(io.ComfyNode):
     @torch.inference_mode(False)
     @torch.no_grad()
     def execute(cls, images, base, fit, hold_out) -> io.NodeOutput:
-        with at(cls):
+        with at(cls, fit=fit, hold_out=hold_out):
             pictures = unpack("images", images)
             return io.NodeOutput(prepare(pictures, base[0], fit[0], hold_out[0]))
 
@@ -282,7 +282,7 @@ class ApplyUnconditional(io.ComfyNode):
     @torch.inference_mode(False)
     @torch.no_grad()
     def execute(cls, base, personalized, strength) -> io.NodeOutput:
-        with at(cls):
+        with at(cls, strength=strength):
             return io.NodeOutput(base.apply(personalized, strength))
 
 
@@ -326,6 +326,7 @@ class LoadUnconditionalRun(io.ComfyNode):
     @torch.no_grad()
     def execute(cls, base, run, checkpoint, strength) -> io.NodeOutput:
         with at(cls):
+            check_widget(STRENGTH, strength)
             learned = Run.open(runs_root(), run).load(checkpoint)
             tuned = base.apply(learned, strength)
         sites = len(base.matched(learned))
@@ -380,10 +381,23 @@ class SampleUnconditional(io.ComfyNode):
     @torch.inference_mode(False)
     @torch.no_grad()
     def execute(cls, base, count, steps, seed, eta) -> io.NodeOutput:
-        with at(cls):
+        with at(cls, count=count, steps=steps, seed=seed, eta=eta):
             if steps > (most := len(base.schedule.alphas_cumprod)):
                 raise InputError("steps", f"is {steps}; this base has {most} at most.")
+            check_memory(base, count)
         return io.NodeOutput(as_images(draw(base, count, steps, seed, eta)))
+
+
+def check_memory(base: Unconditional, count: int) -> None:
+    """Raise InputError when the pictures would not fit into the memory that is free."""
+    needed = 2 * 4 * count * 3 * base.side**2  # bytes: as they are drawn, and as they come out
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if needed > free:
+        raise InputError(
+            "count",
+            f"is {count}, which takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
+            "free; draw fewer at once.",
+        )
 
 
 def draw(base: Unconditional, count: int, steps: int, seed: int, eta: float) -> Tensor:

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from comfy_api.latest import io
 
 from ..trainers.errors import DiskError, InputError
+from .widgets import check_widgets
 
 CATEGORY = "personalize"
 PersonalDataWire = io.Custom("PERSONALIZE_DATA")  # trainers.data.PersonalData
@@ -16,9 +18,14 @@ PersonalizedWire = io.Custom("PERSONALIZED")  # trainers.artifact.Personalizatio
 
 
 @contextmanager
-def at(node: type[io.ComfyNode]) -> Iterator[None]:
-    """Put the node's name in front of what went wrong with its inputs, numbers, memory or disk."""
+def at(node: type[io.ComfyNode], **widgets: Any) -> Iterator[None]:
+    """Put the node's name in front of what went wrong with its inputs, numbers, memory or disk.
+
+    widgets: values to check before, which a link may have brought.
+    """
     try:
+        if widgets:
+            check_widgets(node, widgets)
         yield
     except (InputError, FloatingPointError, MemoryError) as error:
         kind = ValueError if isinstance(error, InputError) else type(error)

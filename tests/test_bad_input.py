@@ -377,6 +377,16 @@ ABSURD = [
     ({"batch_size": 10**9}, "'batch_size' is 1000000000; give a number from 1 to 1024."),
     ({"rank": 0}, "'rank' is 0; give a number from 1 to 1024."),
     ({"ema_decay": 1.0}, "'ema_decay' is 1.0; give a number from 0.0 to 0.99999."),
+    ({"steps": "10"}, "'steps' is '10'; give a whole number from 1 to 1000000."),
+    ({"steps": True}, "'steps' is True; give a number from 1 to 1000000."),
+    ({"steps": 2.5}, "'steps' is 2.5; give a whole number from 1 to 1000000."),
+    ({"steps": None}, "'steps' is None; give a whole number from 1 to 1000000."),
+    ({"learning_rate": [1e-4]}, "'learning_rate' is [0.0001]; give a number from 0.0 to 1.0."),
+    ({"optimizer": ["adamw"]}, "'optimizer' is ['adamw']; give one of adamw"),
+    (
+        {"steps": 1, "warmup_steps": 1},
+        "'warmup_steps' is 1 of 1 steps, in which the learning rate never comes up; give less",
+    ),
     ({"optimizer": "sgd; rm -rf"}, "'optimizer' is 'sgd; rm -rf'; give one of adamw"),
 ]
 
@@ -406,3 +416,47 @@ def test_a_batch_above_the_set_shows_every_picture_as_often():
 
     drawn = Draws(seed=0, step=0, part=0, parts=1).examples(tuple("abc"), 9)
     assert sorted(drawn) == sorted("aaabbbccc")
+
+
+def refused(node: type, **inputs) -> str:
+    """Return why a node refuses, without its name."""
+    with pytest.raises(ValueError) as error:
+        node.execute(**inputs)
+    return str(error.value).partition(": ")[2]
+
+
+STRENGTHS = (float("nan"), float("inf"), 5.0, None, "1")
+
+
+@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
+def test_a_strength_that_a_link_brings_is_checked(strength):
+    from personalize.nodes import combine, load, unconditional
+
+    told = f"'strength' is {strength!r}; give a number from -4.0 to 4.0."
+    assert refused(load.Apply, model=None, personalized=None, strength=strength) == told
+    inputs = {"model": None, "run": "a", "checkpoint": "last", "strength": strength}
+    assert refused(load.Load, **inputs) == told
+    inputs = {"model": None, "personalized": {}, "how": "concat", "strength": strength}
+    assert refused(combine.Combine, **inputs) == told
+    apply = unconditional.ApplyUnconditional
+    assert refused(apply, base=None, personalized=None, strength=strength) == told
+
+
+def test_pictures_that_would_not_fit_into_memory_are_not_drawn():
+    from personalize.nodes.unconditional import SampleUnconditional
+    from tests.test_unconditional import tiny_base
+
+    base, how = tiny_base(sample_size=1024), {"steps": 2, "seed": 0}
+    told = refused(SampleUnconditional, base=base, count=100_000, eta=0.0, **how)
+    assert told.startswith("'count' is 100000, which takes 2516.6 GB of memory, and ")
+    told = refused(SampleUnconditional, base=base, count=1, eta=float("nan"), **how)
+    assert told == "'eta' is nan; give a number from 0.0 to 1.0."
+
+
+@pytest.mark.parametrize("name", [None, 3, "zib\ud83d", ["zib"]], ids=ascii)
+def test_a_name_that_is_no_text_is_refused(name):
+    from personalize.trainers.errors import InputError
+    from personalize.trainers.run import check_name
+
+    with pytest.raises(InputError, match=r"^'name' "):
+        check_name(name)

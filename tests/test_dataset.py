@@ -1,6 +1,7 @@
 """Personal Dataset: what becomes of pictures and captions, and what it says when they are wrong."""
 
 import functools
+import math
 
 import comfy.sd
 import pytest
@@ -382,10 +383,35 @@ def test_mixed_sizes_as_they_are(vae):
     assert refusal(vae, fit="as is", **prior).startswith("'prior_images' has pictures of 32x32")
 
 
-@pytest.mark.parametrize("side, nearest", [(100, 96), (513, 512), (65, 64), (4, 8)])
+@pytest.mark.parametrize("side, nearest", [(100, 96), (513, 512), (65, 64)])
 def test_a_resolution_that_is_no_multiple_of_eight(vae, side, nearest):
     expected = f"'resolution' is {side}; give a multiple of 8, such as {nearest}."
     assert refusal(vae, resolution=side) == expected
+
+
+NO_TEXT = "'instance_prompt' has half a character ('\\ud83d') at place 3; write it anew."
+LINKED = {  # what a link may bring, though no widget would take it
+    "'resolution' is 51200; give a number from 64 to 4096.": {"resolution": 51200},
+    "'resolution' is 4; give a number from 64 to 4096.": {"resolution": 4},
+    "'resolution' is 64.0; give a whole number from 64 to 4096.": {"resolution": 64.0},
+    "'resolution' is None; give a whole number from 64 to 4096.": {"resolution": None},
+    "'resolution' is an empty list; connect what gives one value, or more.": {"resolution": []},
+    "'hold_out' is -1; give a number from 0 to 1000.": {"hold_out": -1},
+    "'hold_out' is True; give a number from 0 to 1000.": {"hold_out": True},
+    "'unmasked_weight' is -0.5; give a number from 0.0 to 1.0.": {"unmasked_weight": -0.5},
+    "'unmasked_weight' is nan; give a number from 0.0 to 1.0.": {"unmasked_weight": math.nan},
+    "'flip' is 'no'; give true or false.": {"flip": "no"},
+    "'fit' is 'stretch'; give one of crop, pad, as is, buckets.": {"fit": "stretch"},
+    "'captions' is 3; give a text.": {"captions": [3]},
+    NO_TEXT: {"instance_prompt": "a \ud83d"},
+    NO_TEXT.replace("instance_prompt", "class_prompt"): {"class_prompt": "a \ud83d"},
+    NO_TEXT.replace("instance_prompt", "captions"): {"captions": ["a", "b", "a \ud83d"]},
+}
+
+
+@pytest.mark.parametrize("told", LINKED)
+def test_what_a_widget_would_not_take_is_refused_of_a_link(vae, told):
+    assert refusal(vae, **LINKED[told]) == told
 
 
 @pytest.mark.parametrize("kept", [3, 4, 1000])

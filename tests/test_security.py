@@ -124,7 +124,7 @@ class Served:
 def give(node: type, name: str, value: str) -> None:
     """Run a node with a value for one input, as ComfyUI would after its own checks."""
     good = {"run": "a run", "checkpoint": "last", "strength": 1.0, "personalized": LEARNED}
-    good |= {"model": None, "base": None, "data": None, "full_weights": "exact", "rank": 16}
+    good |= {"model": None, "base": None, "data": None, "full_weights": "whole", "rank": 16}
     schema = node.define_schema()
     inputs = {i.id: good[i.id] for i in schema.inputs if i.id in good} | {name: value}
     if schema.node_id == "PersonalizeReport":

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from .artifact import Header, Personalization, atomic
 from .errors import InputError, brief
+from .settings import check_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,79}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
@@ -211,6 +212,7 @@ def held(claim: FileLock | None) -> Iterator[None]:
 
 def check_name(name: str) -> None:
     """Raise InputError unless `name` is safe as a folder name on every system."""
+    check_text("name", name)
     if not NAME.fullmatch(name) or RESERVED.fullmatch(name) or name.endswith((" ", ".")):
         raise InputError(
             "name",

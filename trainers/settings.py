@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, brief
 from .optimizers import OPTIMIZERS
 
 MOST_BATCHES = 1024  # of one step
@@ -169,6 +170,12 @@ class Settings:
             raise InputError(
                 "learning_rate", f"is 0.0, at which nothing is learned; give {usual:g}."
             )
+        if self.warmup_steps >= self.steps:
+            raise InputError(
+                "warmup_steps",
+                f"is {self.warmup_steps} of {self.steps} steps, in which the learning rate never "
+                f"comes up; give less than 'steps', such as {self.steps // 10}.",
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
@@ -178,18 +185,45 @@ class Settings:
 def check(settings: Any) -> None:
     """Raise InputError unless every field of a dataclass of knobs is within its limits."""
     for spec in dataclasses.fields(settings):
-        _check(spec, getattr(settings, spec.name))
+        limits = {name: spec.metadata.get(name) for name in ("min", "max", "choices")}
+        check_value(spec.name, getattr(settings, spec.name), type(spec.default), **limits)
 
 
-def _check(spec: dataclasses.Field, value: Any) -> None:
-    limits = spec.metadata
-    choices = limits.get("choices")
+def check_value(
+    name: str,
+    value: Any,
+    kind: type,
+    min: float | None = None,
+    max: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> None:
+    """Raise InputError unless a value is of its kind (bool, int, float, str) and within limits."""
     if choices is not None:
-        if value not in choices:
-            raise InputError(spec.name, f"is {value!r}; give one of {', '.join(choices)}.")
-        return
-    if isinstance(value, (bool, str)):
-        return
-    low, high = limits.get("min", -math.inf), limits.get("max", math.inf)
-    if not low <= value <= high:  # also catches NaN
-        raise InputError(spec.name, f"is {value}; give a number from {low} to {high}.")
+        if not isinstance(value, str) or value not in choices:
+            raise InputError(name, f"is {brief(repr(value))}; give one of {', '.join(choices)}.")
+    elif kind is str:
+        check_text(name, value)
+    elif kind is bool:
+        if not isinstance(value, bool):
+            raise InputError(name, f"is {brief(repr(value))}; give true or false.")
+    else:
+        low, high = -math.inf if min is None else min, math.inf if max is None else max
+        whole = "whole " if kind is int and not isinstance(value, int) else ""
+        fits = isinstance(value, int if kind is int else (int, float))
+        if not fits or isinstance(value, bool) or not low <= value <= high:  # also catches NaN
+            told = f"is {brief(repr(value))}; give a {whole}number from {low} to {high}."
+            raise InputError(name, told)
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raise InputError unless a value is a text that files and tokenisers can hold."""
+    if not isinstance(value, str):
+        raise InputError(name, f"is {brief(repr(value))}; give a text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            name,
+            f"has half a character ({value[error.start]!r}) at place {error.start + 1}; write it "
+            "anew.",
+        ) from error
