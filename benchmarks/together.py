@@ -35,6 +35,7 @@ from .comparisons import Differences, Table, mean_scores, paired
 from .configurations import CONFIGURATIONS
 from .gain import machine
 from .metrics import prompt_following, subject_similarity
+from .options import numbers
 from .reports import finite
 from .servers import Worker, share_out, workers
 from .tables import difference_table, markdown_table, sheet
@@ -167,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     pairs = [[int(part) for part in pair.split(":")] for pair in options.pairs.split(",")]
-    tasks = list(product(pairs, (int(seed) for seed in options.seeds.split(","))))
+    tasks = list(product(pairs, numbers(options.seeds)))
 
     def one(worker: Worker, task: tuple[list[int], int]) -> tuple[dict[str, Any], Rows]:
         subjects, seed = task
