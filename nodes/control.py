@@ -12,6 +12,7 @@ from server import PromptServer
 
 EVENT = "personalize.run"
 PAUSE = 0.5  # seconds between two step lines that the page is told
+MOST_SHOWN = 1000  # nodes whose newest run is remembered
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,16 @@ _latest: dict[tuple[str | None, str], Shown] = {}  # by workflow and node, since
 def running(run: str, node: str, workflow: str | None = None) -> Iterator[Control]:
     """Let the page reach a training, while the block lasts."""
     shown = Shown(run, node, workflow)
-    control = _running[run] = Control(shown)
-    _latest[workflow, node] = shown
+    control = Control(shown)
     try:
+        _running[run] = control
+        _latest.pop((workflow, node), None)  # the newest is last
+        _latest[workflow, node] = shown
+        while len(_latest) > MOST_SHOWN:
+            _latest.pop(next(iter(_latest)))
         yield control
     finally:
-        del _running[run]
+        _running.pop(run, None)
 
 
 def of_run(run: str) -> Control | None:

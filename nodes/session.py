@@ -16,6 +16,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from filelock import FileLock
 from server import PromptServer
 
 from ..trainers.artifact import Header, Personalization
@@ -39,6 +40,8 @@ from .monitor import Material, Monitoring, stop_when_interrupted
 from .room import Room
 from .watch import Watch
 
+UNLOCKED = "this disk knows no locks: let no other ComfyUI train a run of that name"
+LONGEST_ID = 100  # characters of a workflow's id, usually 36
 A_WHILE = 10.0  # seconds that a new run waits for another server that just looks at it
 
 
@@ -52,8 +55,14 @@ class Place:
     @classmethod
     def of(cls, node: type[io.ComfyNode]) -> "Place":
         """Return the place of the node that runs now."""
-        workflow = (node.hidden.extra_pnginfo or {}).get("workflow") or {}
-        return cls(str(node.hidden.unique_id), workflow.get("id"))
+        return cls(str(node.hidden.unique_id), workflow_of(node.hidden.extra_pnginfo))
+
+
+def workflow_of(told: Any) -> str | None:
+    """Return the id of the workflow that a prompt tells of; None for whatever is none."""
+    workflow = told.get("workflow") if isinstance(told, dict) else None
+    id = workflow.get("id") if isinstance(workflow, dict) else None
+    return id if isinstance(id, str) and len(id) <= LONGEST_ID else None
 
 
 @dataclass
@@ -156,8 +165,11 @@ class Session:
             run = found.run or self._create(inputs)
             self.said = self._story(found, run)
             header = replace(self._header, run=run.name)
+            claim = found.claim or self._claimed(run)
+            if not claim.is_locked:
+                self.said = f"{self.said}; {UNLOCKED}" if self.said else UNLOCKED
             with (
-                held(run.claim(patience=A_WHILE) if found.claim is None else None),
+                held(claim),
                 control.running(run.name, self.place.node, self.place.workflow) as wishes,
             ):
                 watch = Watch(run, header, self.method.settings, wishes, progress, self.said)
@@ -208,6 +220,17 @@ class Session:
         """Make the run's folder."""
         more = {name: value for name, value in inputs.items() if name not in asdict(self._header)}
         return Run.create(runs_root(), self.name, self._header, **more)
+
+    def _claimed(self, run: Run) -> FileLock:
+        """Take a new run for this process. Raises InputError when another one has it."""
+        claim = run.claim(patience=A_WHILE)
+        if claim is None:
+            raise InputError(
+                "name",
+                f"is '{run.name}', a new run that another ComfyUI has taken already; queue again, "
+                "or take another name.",
+            )
+        return claim
 
     def _story(self, found: Found, run: Run) -> str:
         """Say how the run came to be; nothing of the first one of a name."""

@@ -22,6 +22,7 @@ from personalize.trainers.run import Run
 from personalize.trainers.state import State, pack
 from personalize.trainers.versions import versions
 from tests.sessions import interrupt, monitoring, outcome, session, show
+from tests.test_run import without_locks
 from tests.test_writing import as_nobody, told_by_child
 from tests.tiny import (
     WIDTH,
@@ -540,6 +541,29 @@ def test_a_run_that_another_process_trains_is_left_alone(root, monkeypatch):
     back = session(steps=3)
     back.train()
     assert back.said.startswith("run 'some 2' finished before")
+
+
+def test_a_new_run_that_another_process_takes_first_is_not_trained_beside_it(root, monkeypatch):
+    create, claims = Run.create, []
+
+    def created(*given, **more) -> Run:
+        run = create(*given, **more)
+        claims.append(run.claim())
+        return run
+
+    monkeypatch.setattr(Run, "create", created)
+    monkeypatch.setattr(node, "A_WHILE", 0.0)
+    with pytest.raises(InputError, match="'name' is 'some', a new run that another ComfyUI has"):
+        session(steps=2).train()
+    assert not (root / "some" / "history.jsonl").exists()
+    claims[0].release()
+
+
+def test_on_a_disk_without_locks_it_trains_and_says_so(root, monkeypatch):
+    without_locks(monkeypatch)
+    asked = session(steps=2)
+    assert "This disk knows no locks: let no other ComfyUI" in asked.summary(asked.train())
+    assert Run(root / "some").ended() == "finished"
 
 
 def test_the_losses_of_all_parts_come_out(root, monkeypatch):

@@ -1,7 +1,10 @@
 """Runs on disk: names that stay inside, nothing overwritten, lists that survive strangers."""
 
+import errno
+import fcntl
 import json
 import os
+import stat
 
 import pytest
 
@@ -226,3 +229,35 @@ def test_history_and_facts_leave_out_what_is_damaged(tmp_path):
     assert run.facts()["method"] == HEADER_OF_A_RUN.method
     (run.folder / "run.json").write_text("[")
     assert run.facts() == {}
+
+
+def without_locks(monkeypatch, number: int = errno.ENOLCK) -> None:
+    """Let the disk be one that knows no locks."""
+
+    def flock(*_) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_gives_one_that_is_not_locked(tmp_path, monkeypatch, number):
+    run = saved(tmp_path)
+    without_locks(monkeypatch, number)
+    claims = run.claim(), run.claim()
+    assert not any(claim.is_locked for claim in claims)
+    for claim in claims:
+        claim.release()
+
+
+def test_the_name_of_a_new_history_is_on_the_disk(tmp_path, monkeypatch):
+    run, synced, fsync = saved(tmp_path), [], os.fsync
+
+    def recorded(descriptor: int) -> None:
+        synced.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    for step in (1, 2):
+        run.log(step=step)
+    assert synced == [True]

@@ -7,7 +7,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -28,6 +28,7 @@ HEADER = "personalize"  # key of our JSON in the file's metadata
 NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that a file may hold
 LARGEST = 1e12  # that a file may hold: products of two stay far from what fp32 can not hold
 MOST_STEPS = 10**12
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()  # seconds between tries to replace
 LEFT_BEHIND = 3600  # seconds after which a temporary file is nobody's any more
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, MemoryError)
 
@@ -194,8 +195,8 @@ def atomic(path: Path) -> Iterator[Path]:
         os.chmod(temporary, mode)  # safetensors lets only the owner read
         with open(temporary, "r+b") as file:  # Windows syncs only what it may write
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        patiently(lambda: os.replace(temporary, path))
+        sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise DiskError(path.name, reason_of(error)) from error
     finally:
@@ -204,7 +205,17 @@ def atomic(path: Path) -> Iterator[Path]:
             _remove_left_behind(path)
 
 
-def _sync_folder(folder: Path) -> None:
+def patiently(work: Callable[[], None]) -> None:
+    """Do it again after a moment while Windows refuses, as it does for a file that is read now."""
+    for seconds in PAUSES:
+        try:
+            return work()
+        except PermissionError:
+            time.sleep(seconds)
+    work()
+
+
+def sync_folder(folder: Path) -> None:
     """Let a new name survive a power cut, where the system can: not on Windows."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -1,5 +1,6 @@
 """A run on disk: one folder with its facts, its history and its checkpoints."""
 
+import errno
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .artifact import Header, Personalization, atomic
+from .artifact import Header, Personalization, atomic, sync_folder
 from .errors import InputError, brief
 from .settings import check_text
 
@@ -26,6 +27,9 @@ BY_HAND, EARLY, FINISHED = "stopped by hand", "stopped early", "finished"
 INTERRUPTED, FAILED = "interrupted", "failed"
 ENDS = (BY_HAND, EARLY, FINISHED, INTERRUPTED, FAILED)
 FINAL = (BY_HAND, EARLY, FINISHED)  # ends after which a run does not go on
+
+# what network and user-space file systems say of flock() that they do not have
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 Lines = list[dict[str, Any]]  # of history.jsonl
 
@@ -150,15 +154,19 @@ class Run:
     def claim(self, patience: float = 0.0) -> FileLock | None:
         """Take the run for this process, until the lock is released or the process ends.
 
-        patience: seconds to wait. None where another process has it all the while.
-        Raises InputError when the folder can not be written.
+        patience: seconds to wait. None where another process has it all the while; a lock that is
+        not locked where the disk knows none. Raises InputError when the folder can not be written.
         """
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=patience)
         except Timeout:
             return None
+        except NotImplementedError:  # of older versions, for a disk without locks
+            return lock
         except OSError as error:
+            if error.errno in WITHOUT_LOCKS:
+                return lock
             problem = f"is '{self.name}', whose folder can not be written ({error.strerror})."
             raise InputError("name", problem) from error
         return lock
@@ -190,8 +198,12 @@ class Run:
 
     def log(self, **values: Any) -> None:
         """Append one line to history.jsonl."""
-        with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+        path = self.folder / "history.jsonl"
+        new = not path.exists()
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(without_nan(values)) + "\n")
+        if new:
+            sync_folder(self.folder)
 
     def path(self, checkpoint: str) -> Path:
         """Return the file of a checkpoint, there or not."""
