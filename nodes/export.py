@@ -1,6 +1,8 @@
 """Export LoRA: what was learned as a file for Load LoRA, and for other programs."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -85,10 +87,10 @@ class ExportLoRA(io.ComfyNode):
         cls, personalized, filename_prefix, full_weights, rank, model=None
     ) -> io.NodeOutput:
         with at(cls, filename_prefix=filename_prefix, full_weights=full_weights, rank=rank):
-            path = free_path(filename_prefix)
+            free_path(filename_prefix)  # says early what is wrong with the name
             export = exported(personalized, model, rank if full_weights == LOW_RANK else None)
             tensors = export.tensors()
-            with atomic(path) as temporary:
+            with reserved(filename_prefix) as path, atomic(path) as temporary:
                 save_file(tensors, temporary, metadata(personalized.header, export, path.stem))
         file = path.relative_to(loras_root()).as_posix()
         text = report(personalized, export, file, path.stat().st_size)
@@ -126,6 +128,24 @@ def free_path(prefix: str) -> Path:
     names = (name if number == 1 else numbered(name, number) for number in count(1))
     paths = (folder / f"{name}.safetensors" for name in names)
     return next(path for path in paths if not path.exists())
+
+
+@contextmanager
+def reserved(prefix: str) -> Iterator[Path]:
+    """Give a path that no other process can be given meanwhile: an empty file is there.
+
+    It goes again when the block fails.
+    """
+    while True:
+        path = free_path(prefix)
+        with suppress(FileExistsError):  # taken since
+            path.touch(exist_ok=False)
+            break
+    try:
+        yield path
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def exported(learned: Personalization, model: ModelPatcher | None, rank: int | None) -> Export:

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..trainers.errors import InputError, brief, reason_of
+from ..trainers.run import inside
 from .pictures import LARGEST, opened, read_caption, read_picture, scaled_size
 from .wires import CATEGORY, at
 
@@ -91,7 +92,7 @@ class Folder(io.ComfyNode):
         """Load again when a file came, went or changed."""
         with at(cls):
             files = sorted(inside_input(folder).iterdir())
-        return str([shorter_side, *((f.name, *version(f)) for f in files)])
+        return str([shorter_side, *((f.name, *version(f)) for f in files if f.is_file())])
 
     @classmethod
     @torch.inference_mode(False)
@@ -143,7 +144,7 @@ def inside_input(folder: str) -> Path:
         path = os.path.realpath(os.path.join(root, folder))
     except ValueError:  # null bytes, and what no file system can write
         path = root
-    if not path.startswith(root + os.sep) or not os.path.isdir(path):
+    if not inside(Path(root), Path(path)) or not os.path.isdir(path):
         there = ", ".join(folder_paths.get_input_subfolders()[:10]) or "none yet"
         raise InputError(
             "folder",

@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from aiohttp import web
 from comfy.cli_args import args
@@ -58,7 +58,7 @@ async def read_sample(request: web.Request) -> web.FileResponse:
     folder = _run(request).folder / "samples"
     name = request.match_info["file"]
     path = folder / name
-    if not SAMPLE.fullmatch(name) or not inside(folder, path) or not path.is_file():
+    if not SAMPLE.fullmatch(name) or not inside(folder.parent, path) or not path.is_file():
         raise _problem(web.HTTPNotFound, "There is no such sample.")
     return web.FileResponse(path, headers={**HEADERS, "Content-Type": "image/png"})
 
@@ -119,6 +119,7 @@ def _goes_on(run: str) -> bool:
 
 def _facts(run: Run) -> dict[str, Any]:
     """Return what the page says of a run besides its history."""
+    file, _ = _own(run, "run.json"), _own(run, "pinned.json")
     header = run.facts()
     settings = header.get("settings")
     steps = settings.get("steps") if isinstance(settings, dict) else None
@@ -126,7 +127,7 @@ def _facts(run: Run) -> dict[str, Any]:
     return {
         "title": method.title if method else "",
         "total_steps": steps if type(steps) is int else None,
-        "created": str((run.folder / "run.json").stat().st_mtime_ns) if header else "",
+        "created": str(file.stat().st_mtime_ns) if header else "",
         "pinned": run.pinned(),
     }
 
@@ -138,9 +139,19 @@ def _read_lines(path: Path, start: int) -> tuple[list[dict], int]:
     with open(path, "rb") as file:
         file.seek(start)
         data = file.read(AT_ONCE)
+        if len(data) == AT_ONCE and b"\n" not in data:
+            return [], _behind_line(file, start)
     data = data[: data.rfind(b"\n") + 1]  # the last line may be half written
     lines = [_parse(line) for line in data.splitlines()]
     return [line for line in lines if isinstance(line, dict)], start + len(data)
+
+
+def _behind_line(file: BinaryIO, start: int) -> int:
+    """Return the byte behind a line that is too long for an answer; `start` while it is half."""
+    while part := file.read(AT_ONCE):
+        if (place := part.find(b"\n")) >= 0:
+            return file.tell() - len(part) + place + 1
+    return start
 
 
 def _parse(text: bytes) -> Any:

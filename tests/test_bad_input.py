@@ -460,3 +460,17 @@ def test_a_name_that_is_no_text_is_refused(name):
 
     with pytest.raises(InputError, match=r"^'name' "):
         check_name(name)
+
+
+def test_a_link_to_nothing_is_no_picture(folder):
+    plain().save(folder / "a.png")
+    alone = Folder.fingerprint_inputs(NAME)
+    (folder / "b.png").symlink_to(folder / "nothing")
+    assert Folder.fingerprint_inputs(NAME) == alone and len(loaded()) == 1
+
+
+def test_an_input_folder_may_be_the_top_of_a_disk(monkeypatch, tmp_path):
+    from personalize.nodes.folder import inside_input
+
+    monkeypatch.setattr(folder_paths, "input_directory", "/")
+    assert inside_input(str(tmp_path).lstrip("/")) == tmp_path.resolve()

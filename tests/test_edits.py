@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from personalize.trainers.edits import (
+    Difference,
     LowRank,
     RankReduction,
     Rotation,
@@ -174,3 +175,11 @@ def test_malformed_tensors_are_refused_when_read(tensors):
     named = {file_name("a.b", suffix): tensor for suffix, tensor in tensors.items()}
     with pytest.raises(ValueError, match=r"^a\.b: "):
         from_tensors(named, ["a.b"])
+
+
+def test_two_changes_of_one_layer_are_refused():
+    """Either alone would be loaded as if it were all."""
+    both = to_tensors({"a.b": LowRank(noise(2, 6), noise(5, 2), 2.0)})
+    both |= to_tensors({"a.b": Difference(noise(5, 6))})
+    with pytest.raises(ValueError, match=r"a\.b is changed in two ways"):
+        from_tensors(both, ["a.b"])

@@ -428,3 +428,32 @@ def test_input_errors_name_their_input():
 
         free_path("../x")
     assert error.value.input_name == "filename_prefix"
+
+
+def test_a_name_is_given_to_one_export_at_a_time(tmp_path, monkeypatch):
+    from personalize.nodes import export
+
+    monkeypatch.setattr(export.folder_paths, "output_directory", str(tmp_path))
+    with export.reserved("zib") as first, export.reserved("zib") as second:
+        assert (first.name, second.name) == ("zib.safetensors", "zib 2.safetensors")
+    with pytest.raises(KeyError), export.reserved("mog") as path:
+        raise KeyError
+    assert not path.exists()
+
+
+def test_a_name_that_is_taken_between_the_look_and_the_grip_is_not_given(tmp_path, monkeypatch):
+    from personalize.nodes import export
+
+    monkeypatch.setattr(export.folder_paths, "output_directory", str(tmp_path))
+    look, looked = export.free_path, []
+
+    def taken(prefix: str) -> Path:
+        looked.append(path := look(prefix))
+        if len(looked) == 1:
+            path.write_text("another's")
+        return path
+
+    monkeypatch.setattr(export, "free_path", taken)
+    with export.reserved("zib") as path:
+        assert path.name == "zib 2.safetensors"
+    assert looked[0].read_text() == "another's"

@@ -325,3 +325,51 @@ def test_a_wish_that_is_none_is_refused(wish, body):
 def test_a_step_that_is_not_kept_can_not_be_pinned(wish):
     status, answer, training = wish("pin", b'{"step": 99999999999999999999}')
     assert status == 409 and "not kept" in answer["error"] and not training.take_pins()
+
+
+# Without a server
+
+
+def all_lines(path: Path) -> tuple[list[dict], int]:
+    """Read on as the page does, until there is nothing new."""
+    from personalize.nodes import routes
+
+    found, start = [], 0
+    while True:
+        lines, end = routes._read_lines(path, start)
+        if end == start:
+            return found, end
+        found, start = found + lines, end
+
+
+@pytest.mark.parametrize("size", [90, 99, 100, 101, 350])
+def test_a_line_longer_than_an_answer_is_passed_over(tmp_path, monkeypatch, size):
+    from personalize.nodes import routes
+
+    monkeypatch.setattr(routes, "AT_ONCE", 100)
+    path = tmp_path / "history.jsonl"
+    start = '{"step": 2, "text": "'
+    long = start + "x" * (size - len(start) - 2) + '"}'
+    path.write_text(f'{{"step": 1}}\n{long}\n{{"step": 3}}\n')
+    steps, end = all_lines(path)
+    assert [line["step"] for line in steps] == ([1, 2, 3] if size < 100 else [1, 3])
+    assert end == path.stat().st_size
+    path.write_text(f'{{"step": 1}}\n{long}')  # half written
+    assert all_lines(path) == ([{"step": 1}], 12)
+
+
+@pytest.mark.parametrize("file", ["run.json", "pinned.json"])
+def test_facts_that_a_link_leads_to_outside_of_the_run_stay_unread(tmp_path, file):
+    from personalize.nodes import routes
+    from personalize.trainers.run import Run
+
+    run = Run(tmp_path / "a run")
+    run.folder.mkdir()
+    (run.folder / "mine").write_text("{}")
+    (tmp_path / "secret").write_text('{"method": "lora"}')
+    (run.folder / file).symlink_to(run.folder / "mine")
+    assert routes._facts(run)["title"] == ""
+    (run.folder / file).unlink()
+    (run.folder / file).symlink_to(tmp_path / "secret")
+    with pytest.raises(web.HTTPNotFound):
+        routes._facts(run)

@@ -5,12 +5,13 @@ import fcntl
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from personalize.trainers.artifact import Personalization
 from personalize.trainers.errors import InputError
-from personalize.trainers.run import Run, check_name, list_runs
+from personalize.trainers.run import Run, check_name, inside, list_runs
 from tests.test_artifact import EDITS, HEADER_OF_A_RUN
 
 
@@ -261,3 +262,10 @@ def test_the_name_of_a_new_history_is_on_the_disk(tmp_path, monkeypatch):
     for step in (1, 2):
         run.log(step=step)
     assert synced == [True]
+
+
+def test_what_is_inside_a_folder_is_told_of_the_top_folder_too(tmp_path):
+    assert inside(tmp_path, tmp_path / "a") and inside(Path("/"), tmp_path)
+    for outside in (tmp_path, tmp_path.parent, tmp_path / "..", tmp_path.with_name("zib")):
+        assert not inside(tmp_path, outside)
+    assert not inside(Path("/"), Path("/"))

@@ -304,6 +304,8 @@ def from_tensors(
         for kind in KINDS:
             names = [file_name(site, suffix) for suffix in kind.suffixes]
             if all(name in left for name in names):
+                if site in edits:
+                    raise ValueError(f"{site} is changed in two ways")
                 try:
                     edits[site] = kind.from_tensors(*(left.pop(name) for name in names))
                 except ValueError as error:

@@ -251,7 +251,7 @@ def numbers_of(name: str, folders: Iterable[str]) -> set[int]:
 
 def inside(root: Path, folder: Path) -> bool:
     """Tell whether a folder is below `root`, links followed."""
-    return os.path.realpath(folder).startswith(os.path.realpath(root) + os.sep)
+    return Path(os.path.realpath(root)) in Path(os.path.realpath(folder)).parents
 
 
 def is_run(root: Path, folder: Path) -> bool:
