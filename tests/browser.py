@@ -93,6 +93,7 @@ def open_page(browser: Browser, url: str) -> Iterator[ComfyPage]:
     context = browser.new_context(viewport={"width": 1600, "height": 1000})
     try:
         page = context.new_page()
+        page.set_default_timeout(1000 * PAGE_PATIENCE)
         comfy = ComfyPage(page, url)
         page.on("console", lambda message: _note(comfy, message.type, message.text))
         page.on("pageerror", lambda error: comfy.errors.append(f"page error: {error}"))

@@ -243,13 +243,14 @@ export class View {
         const history = this.#history
         const newest = history.newest
         if (!newest) return ["Connect a Monitor for held-out loss, drift, samples."]
-        const word = element("span", "word", { textContent: newest.verdict ?? "" })
-        word.dataset.word = word.textContent
         const words = []
         const best = history.bestStep
         if (best !== null) words.push(`best at ${best.toLocaleString("en")}`)
         if (history.isTraining && isNumber(newest.patience_left))
             words.push(`patience ${newest.patience_left}`)
+        if (!newest.verdict) return [words.join(" · ")]
+        const word = element("span", "word", { textContent: newest.verdict })
+        word.dataset.word = word.textContent
         return [word, ...words.map((text) => ` · ${text}`)]
     }
 
