@@ -50,7 +50,8 @@ def main() -> None:
 def report(comfy: Comfy) -> None:
     """Wait for the run's end, and save its report."""
     graph = Graph()
-    node = graph.add("PersonalizeReport", run="my subject")
+    shown = graph.add("PersonalizeReport", run="my subject")
+    node = graph.add("SaveImage", images=(shown, 0), filename_prefix="report")
     (file,) = comfy.run(fill_defaults(graph, comfy.object_info())).files(node)
     picture = comfy.image(file).convert("RGB").quantize(128, dither=Image.Dither.NONE)
     picture.save(DOCS / "report.png", optimize=True)
