@@ -167,14 +167,14 @@ class Watch:
     def _take_pins(self) -> None:
         """Pin what the page asked for since the last call: steps that are there, or the newest."""
         pins = self.control.take_pins()
+        wanted = [pin for pin in pins if pin is not None]
         if None in pins and self.newest is not None:
-            newest = self.newest.index
-            self.run.save(learned_by(self.newest, self.header), f"step {newest}")
-            pins = [newest if pin is None else pin for pin in pins]
-        there = self.run.checkpoints() if pins else ()
-        for pin in pins:
-            if f"step {pin}" in there:
-                self.run.pin(pin)
+            wanted.append(self.newest.index)
+            self.run.save(learned_by(self.newest, self.header), f"step {self.newest.index}")
+        there = self.run.checkpoints() if wanted else ()
+        for step in wanted:
+            if f"step {step}" in there:
+                self.run.pin(step)
 
     def _evaluated(self, since: float, line: Line) -> None:
         """Put an evaluation into the history. since: when it began."""

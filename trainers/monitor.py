@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ BINNED = ("_bins", "gamma")  # how names of values of every bin end
 LATENTS_AT_ONCE = 4 * 64 * 64  # places in the latents of one forward pass: four SD 1.5 pictures
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Tell whether a value out of a file can be computed with; NaN and infinities can."""
     return type(value) in (int, float) and (abs(value) < LARGEST or not math.isfinite(value))
 
