@@ -143,7 +143,7 @@ def tiny_denoiser_once(cache=[]):  # noqa: B006
 CASES = [(method, {}) for method in METHODS.values()] + [
     (APT, {"teacher_cache": 4, "temperature": 1e6}),
     (APT, {"view_pool": 2, "temperature": 1e6}),
-    (APT, {"sigma": 0.01, "temperature": 1e6}),
+    (APT, {"sigma": 0.01, "init": "gaussian", "temperature": 1e6}),
     (SelectiveZO, {"branches": "bp-low"}),
     (SelectiveZO, {"branches": "zo-high"}),
 ]

@@ -764,17 +764,19 @@ def watched_training(steps: int, name: str, monitored: bool = True) -> Graph:
     return graph
 
 
-def start(page: ComfyPage, comfy: Comfy, graph: Graph, renamed: str = "") -> str:
-    """Open a prompt as a graph, run it, and return the training node's id.
+@pytest.fixture
+def idle(comfy):
+    """See to it that no training goes on after a test that failed."""
+    yield
+    comfy.interrupt()
 
-    renamed: what the run's name is changed to once it is queued.
-    """
+
+def start(page: ComfyPage, comfy: Comfy, graph: Graph) -> str:
+    """Open a prompt as a graph, run it, and return the training node's id."""
     whole = fill_defaults(graph, comfy.object_info())
     page.run("async graph => { await app.loadApiJson(graph, 'a training') }", whole)
     (node,) = (str(n["id"]) for n in page.nodes() if n["type"] == "PersonalizeTrainLoRA")
     page.queue()
-    if renamed:
-        rename(page, node, renamed)
     wait_for(page, node, "training")
     return node
 
@@ -797,6 +799,7 @@ def reload(page: ComfyPage) -> None:
 
 
 @RENDERERS
+@pytest.mark.usefixtures("idle")
 def test_a_training_is_watched_pinned_and_stopped(fresh, comfy, runs, vue):
     name = f"watched {'vue' if vue else 'canvas'}"
     node = start(fresh, comfy, watched_training(5000, name))
@@ -840,9 +843,10 @@ def test_a_training_is_watched_pinned_and_stopped(fresh, comfy, runs, vue):
     assert (folder / f"checkpoint-{pinned:06d}.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("idle")
 def test_a_training_is_seen_after_a_reload_and_in_a_second_page(browser, server, comfy, runs):
     with open_page(browser, server.url) as page:
-        node = start(page, comfy, watched_training(5000, "seen"), renamed="the next")
+        node = start(page, comfy, watched_training(5000, "seen"))
         assert text(page, node, "run") == "LoRA · seen"
         prompt = comfy.get("/queue")["queue_running"][0][1]
 
@@ -881,6 +885,7 @@ def wait_for_file(path: Path) -> list:
     return json.loads(path.read_text())
 
 
+@pytest.mark.usefixtures("idle")
 def test_without_a_monitor_a_training_shows_loss_and_progress_live(fresh, comfy, runs):
     node = start(fresh, comfy, watched_training(60, "bare", monitored=False))
     wait_for_more(fresh, node, 2)
