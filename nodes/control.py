@@ -1,6 +1,5 @@
 """What the page may ask of a training that goes on, and what the training tells the page."""
 
-import json
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -9,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server import PromptServer
+
+from ..trainers.run import without_nan
 
 EVENT = "personalize.run"
 PAUSE = 0.5  # seconds between two step lines that the page is told
@@ -66,8 +67,7 @@ class Control:
             self._told = now
         shown = self.shown
         detail = {"run": shown.run, "node": shown.node, "workflow": shown.workflow}
-        readable = json.loads(json.dumps(dict(line)), parse_constant=lambda _: None)  # NaN: null
-        PromptServer.instance.send_sync(EVENT, {**detail, "line": readable})
+        PromptServer.instance.send_sync(EVENT, {**detail, "line": without_nan(dict(line))})
 
 
 _running: dict[str, Control] = {}  # by run

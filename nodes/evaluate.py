@@ -146,7 +146,6 @@ class Evaluator:
             **sampled,
             "best_step": self.best,
             "verdict": state(self.evaluations, rules),
-            "decided": watched(self.evaluations, rules) is not None,
             "patience_left": patience_left(self.evaluations, rules),
         }
 
