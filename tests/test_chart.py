@@ -394,6 +394,17 @@ def test_a_run_of_steps_that_were_all_left_out_is_shown(fresh, runs):
     assert text(fresh, node, "note") == "8 steps left out: not finite"
 
 
+def test_why_samples_are_missing_is_told_beside_the_older_ones(fresh, runs):
+    folder = write_run(runs, "no samples", last=100)
+    why = f"no samples at step 120: {HOSTILE}"
+    append(folder, [evaluation(folder, 120) | {"samples": [], "samples_failed": why}])
+    node = add(fresh, "no samples")
+    wait_for(fresh, node, "120 steps")
+    look_at(fresh, node)
+    assert text(fresh, node, "note") == why
+    assert fresh.page.locator(".personalize-monitor .gallery").is_visible()
+
+
 @pytest.mark.parametrize("rule", ["held-out", "train", "last", None])
 def test_a_best_step_is_told_only_where_it_was_looked_for(fresh, runs, rule):
     """With nothing held out; None: a run that does not tell its rules."""

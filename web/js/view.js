@@ -254,7 +254,7 @@ export class View {
         return [word, ...words.map((text) => ` · ${text}`)]
     }
 
-    // What there is to say of a run that has no best step, or not all of its steps.
+    // What there is to say of a run that has no best step, or not all of its steps and samples.
     get #note() {
         const { newest, keepsLast, isHeldOut, leftOut } = this.#history
         const why = isHeldOut ? "" : "nothing held out: "
@@ -262,6 +262,7 @@ export class View {
         const words = []
         if (newest && keepsLast) words.push(`${why}the last step is kept`)
         if (leftOut) words.push(`${count} left out: not finite`)
+        if (typeof newest?.samples_failed === "string") words.push(newest.samples_failed)
         return words.join(" · ")
     }
 
