@@ -127,7 +127,7 @@ def free_path(prefix: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     names = (name if number == 1 else numbered(name, number) for number in count(1))
     paths = (folder / f"{name}.safetensors" for name in names)
-    return next(path for path in paths if not path.exists())
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 @contextmanager

@@ -97,7 +97,7 @@ class Watch:
         self._take_pins()
         self._log_end(step, facts)
         self.run.sync()  # or a power cut could leave neither the state nor the end
-        self.run.state.unlink(missing_ok=True)
+        self.run.forget_state()
         if self.evaluator is not None:
             self.evaluator.finish()
         return learned

@@ -441,6 +441,15 @@ def test_a_name_is_given_to_one_export_at_a_time(tmp_path, monkeypatch):
     assert not path.exists()
 
 
+def test_a_link_to_nothing_takes_a_name_too(tmp_path, monkeypatch):
+    from personalize.nodes import export
+
+    monkeypatch.setattr(export.folder_paths, "output_directory", str(tmp_path))
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "zib.safetensors").symlink_to(tmp_path / "nothing")
+    assert export.free_path("zib").name == "zib 2.safetensors"
+
+
 def test_a_name_that_is_taken_between_the_look_and_the_grip_is_not_given(tmp_path, monkeypatch):
     from personalize.nodes import export
 

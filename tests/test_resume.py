@@ -521,6 +521,34 @@ def test_a_run_that_can_not_go_on_leaves_its_name_and_says_why(root, monkeypatch
         assert again.said.startswith("new run 'some 2': 'some' has a state that can not be read")
 
 
+@pytest.mark.parametrize("link", [".lock", "history.jsonl", "samples", "samples/000001-0.png"])
+def test_a_run_is_not_written_through_a_link_that_leads_out_of_it(root, monkeypatch, link):
+    """Whoever made the link would have the training overwrite a file of theirs."""
+    cancelled(monkeypatch, at=2, steps=3)
+    path, outside = root / "some" / link, root.with_name("outside")
+    outside.mkdir(exist_ok=True)
+    (outside / "file").write_text("precious")
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(outside if link == "samples" else outside / "file")
+    again = session(steps=3)
+    again.train()
+    said = f"'some' has {path.name}, a link that leads out of its folder"
+    assert again.said == f"new run 'some 2': {said}"
+    assert [p.name for p in outside.iterdir()] == ["file"]
+    assert (outside / "file").read_text() == "precious"
+
+
+def test_a_link_that_stays_inside_its_run_is_no_obstacle(root, monkeypatch):
+    cancelled(monkeypatch, at=2, steps=3)
+    folder = root / "some"
+    (folder / "history.jsonl").rename(folder / "kept.jsonl")
+    (folder / "history.jsonl").symlink_to(folder / "kept.jsonl")
+    again = session(steps=3)
+    again.train()
+    assert again.said == "run 'some' resumed at step 2"
+
+
 def test_a_result_that_is_gone_is_trained_again(root):
     session(steps=2).train()
     (root / "some" / "last.safetensors").unlink()

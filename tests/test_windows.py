@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from personalize.trainers import artifact
 from personalize.trainers.artifact import Header, Personalization, atomic
 from personalize.trainers.errors import DiskError
+from personalize.trainers.run import Run
 
 
 def test_a_file_is_synced_through_a_descriptor_that_may_write(tmp_path, monkeypatch):
@@ -48,3 +50,23 @@ def test_a_file_that_is_being_read_is_replaced_a_moment_later(tmp_path, monkeypa
         with pytest.raises(DiskError, match="Access is denied"), atomic(path) as temporary:
             temporary.write_text("after")
         assert path.read_text() == "before" and os.listdir(tmp_path) == ["last"]
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_file_that_is_being_read_is_deleted_a_moment_later_or_stays(tmp_path, monkeypatch, times):
+    """A run does not end for a state of a finished run, or a checkpoint too many."""
+    refused, unlink, run = [], Path.unlink, Run(tmp_path)
+    run.state.write_text("state")
+    run.path("step 1").write_text("checkpoint")
+
+    def unlink_on_windows(path: Path, missing_ok: bool = False) -> None:
+        if refused.count(path) < times:
+            refused.append(path)
+            raise PermissionError(13, "Access is denied")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_on_windows)
+    monkeypatch.setattr(artifact, "PAUSES", (0.001, 0.001))
+    run.forget_state()
+    run.remove(1)
+    assert len(os.listdir(tmp_path)) == (0 if times == 2 else 2)

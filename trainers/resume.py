@@ -71,6 +71,8 @@ def find(root: Path, name: str, inputs: Inputs, defaults: Inputs) -> Found:
 
 def claimed(run: Run) -> Found:
     """Take a run that broke off for this process, with its state; say why if that can not be."""
+    if link := run.link_out():
+        return Found(why=f"'{run.name}' has {brief(link)}, a link that leads out of its folder")
     claim = run.claim()
     if claim is None:
         return Found(why=f"'{run.name}' is being trained by another ComfyUI")

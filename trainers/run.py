@@ -9,12 +9,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .artifact import Header, Personalization, atomic, sync_folder
+from .artifact import Header, Personalization, atomic, patiently, sync_folder
 from .errors import InputError, brief
 from .settings import check_text
 
@@ -27,6 +28,7 @@ BY_HAND, EARLY, FINISHED = "stopped by hand", "stopped early", "finished"
 INTERRUPTED, FAILED = "interrupted", "failed"
 ENDS = (BY_HAND, EARLY, FINISHED, INTERRUPTED, FAILED)
 FINAL = (BY_HAND, EARLY, FINISHED)  # ends after which a run does not go on
+IN_PLACE = (".lock", "history.jsonl", "samples")  # all else is replaced whole, links too
 
 # what network and user-space file systems say of flock() that they do not have
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -114,7 +116,7 @@ class Run:
 
     def remove(self, step: int) -> None:
         """Delete the checkpoint of a step, if it is there."""
-        self.path(f"step {step}").unlink(missing_ok=True)
+        delete(self.path(f"step {step}"))
 
     def pin(self, step: int) -> None:
         """Note that the checkpoint of a step is to stay."""
@@ -171,6 +173,15 @@ class Run:
             raise InputError("name", problem) from error
         return lock
 
+    def link_out(self) -> str | None:
+        """Return what is written in place, but is a link to what lies elsewhere; None: nothing."""
+        paths = chain(map(self.folder.joinpath, IN_PLACE), self.folder.glob("samples/*"))
+        return next((path.name for path in paths if not inside(self.folder, path)), None)
+
+    def forget_state(self) -> None:
+        """Delete the state of a run that has ended."""
+        delete(self.state)
+
     def cut(self, step: int) -> Lines:
         """Forget what the history tells after a step, and that the run ended; return the rest."""
         lines = [
@@ -220,6 +231,12 @@ def held(claim: FileLock | None) -> Iterator[None]:
     finally:
         if claim is not None:
             claim.release()
+
+
+def delete(path: Path) -> None:
+    """Delete a file that is of no use any more; that a disk keeps it harms nothing."""
+    with suppress(OSError):
+        patiently(lambda: path.unlink(missing_ok=True))
 
 
 def check_name(name: str) -> None:
