@@ -319,10 +319,15 @@ class Monitoring:
         try:
             latents = [self.sample(model, p, shape, self.settings.sample_count) for p in self.shown]
             with torch.no_grad():
-                return [self.vae.decode(x).clone().float().cpu()[..., :3] for x in latents]
+                return [self._decoded(x) for x in latents]
         finally:
             comfy.model_management.unload_all_models()
             comfy.model_management.soft_empty_cache()
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Return the pictures of latents (N, C, h, w), unless the stop button was pressed."""
+        stop_when_interrupted()
+        return self.vae.decode(latents).clone().float().cpu()[..., :3]
 
 
 class Material(NamedTuple):

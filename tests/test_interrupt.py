@@ -1,5 +1,7 @@
 """Cancelling a training, wherever it is: all is kept, memory is free, and it goes on exactly."""
 
+from dataclasses import replace
+
 import comfy.model_management as memory
 import pytest
 import torch
@@ -12,6 +14,7 @@ from personalize.trainers.run import Run
 from personalize.trainers.state import State
 from tests.sessions import Pictures, interrupt, monitoring, outcome, session, show
 from tests.test_session_memory import networks  # noqa: F401
+from tests.tiny import comfy_model
 
 MOST_STEPS = 2  # between the button and the end
 
@@ -93,6 +96,39 @@ def test_pictures_are_not_encoded_any_more_when_the_button_was_pressed(monkeypat
         for _ in range(5):
             encode_pixels(VAE(), torch.zeros(1, 3, 64, 64))
     assert len(encoded) == 2 and not memory.processing_interrupted()
+
+
+def test_samples_are_not_decoded_any_more_when_the_button_was_pressed():
+    """A step of a sampler, or the pictures of one prompt, is the most that comes after it."""
+    asked, decoded = monitoring(samples=True), []
+
+    class VAE(Pictures):
+        def decode(self, latents):
+            decoded.append(len(latents))
+            interrupt()
+            return super().decode(latents)
+
+    several = replace(asked, shown=asked.shown * 3, vae=VAE())
+    with pytest.raises(memory.InterruptProcessingException):
+        several.samples(comfy_model(), (4, 8, 8))
+    assert len(decoded) == 1 and not memory.processing_interrupted()
+
+
+@pytest.mark.parametrize("pressed", [1, 2])
+def test_drawing_a_sample_is_left_before_its_next_step(pressed):
+    """Pressed in the middle of a sampler's step: no step comes after it."""
+    asked, model, passes = monitoring(samples=True, sample_steps=9), comfy_model(), []
+
+    def counted(apply, args):
+        passes.append(1)
+        if len(passes) == pressed:
+            interrupt()
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(counted)
+    with pytest.raises(memory.InterruptProcessingException):
+        asked.samples(model, (4, 8, 8))
+    assert len(passes) <= pressed + 1 and not memory.processing_interrupted()
 
 
 def test_an_evaluation_is_left_before_its_next_pass(monkeypatch, tmp_path):

@@ -96,6 +96,26 @@ def test_a_rehearsal_can_be_stopped(estimate):
         estimate(make(METHODS["lora"]), tiny_denoiser(), tiny_data(), heed=stop)
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_rehearsed_step_can_be_stopped_at_any_moment(share):
+    """That of a large network takes seconds: forward and backward heed the button all the while."""
+    method, denoiser, calls = make(METHODS["lora"]), tiny_denoiser(), []
+    peak = needed(method, denoiser, tiny_data(), heed=lambda: calls.append(1))
+    last = int(share * len(calls))
+    assert last > 1000
+    calls.clear()
+
+    def stop() -> None:
+        calls.append(1)
+        if len(calls) == last:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        needed(method, denoiser, tiny_data(), heed=stop)
+    assert len(calls) <= last + 5
+    assert needed(method, denoiser, tiny_data()) == peak
+
+
 def test_live_bytes_are_counted():
     with LiveBytes() as bytes_of:
         a = torch.ones(1000)

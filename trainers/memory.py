@@ -43,7 +43,7 @@ def needed(
     """Return the bytes that training holds at its peak, the network's own among them.
 
     denoiser: as it will be trained: its precision, and whether it checkpoints; left as it is.
-    halved: with pictures of half the side. heed: called between rehearsed steps, may raise.
+    halved: with pictures of half the side. heed: called all the while, may raise.
     Raises InputError as training would.
     """
     settings = method.settings
@@ -52,7 +52,7 @@ def needed(
     if settings.optimizer == "adamw-8bit":  # has no step without numbers; this needs more
         settings = replace(settings, optimizer="adamw")
     method = type(method)(settings)
-    with Rehearsal() as rehearsal:
+    with Rehearsal(heed) as rehearsal:
         twin = without_numbers(denoiser)
         rehearsal.follow([*twin.parameters(), *twin.buffers()])
         learner = Learner(method, twin)
@@ -61,7 +61,6 @@ def needed(
             steps = [[replace(o, batch=half_size(o.batch)) for o in step] for step in steps]
         for number in (1, 2):  # the optimiser has its state from the second on
             for objectives in steps:
-                heed()
                 learner.advance(number, objectives, settings.learning_rate)
     largest = max(size_of(objective.batch) for step in steps for objective in step)
     waiting = max(0, parts - REHEARSED) * largest  # all batches of a step are drawn before it
@@ -210,15 +209,18 @@ class LiveBytes(TorchDispatchMode):
 class Rehearsal(LiveBytes):
     """Count bytes on the meta device, and answer what is asked of numbers that are not there.
 
-    A number is 1, a mask selects everything, and a copy on the CPU is zeros.
+    A number is 1, a mask selects everything, and a copy on the CPU is zeros. heed: called before
+    every operation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heed: Callable[[], None] = lambda: None) -> None:
         super().__init__("meta")
+        self.heed = heed
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
+        self.heed()
         asked = args[0] if args and torch.is_tensor(args[0]) and args[0].is_meta else None
         if asked is None:
             return super().__torch_dispatch__(func, types, args, kwargs)
