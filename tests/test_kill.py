@@ -19,6 +19,7 @@ import pytest
 
 from headless import Comfy, ComfyServer, Graph, PromptFailed, fill_defaults
 from personalize.trainers.artifact import Personalization
+from personalize.trainers.methods import METHODS
 from personalize.trainers.run import Run
 from tests.sessions import CLOCK
 from tests.waiting import PATIENCE
@@ -149,7 +150,7 @@ def test_a_run_that_is_killed_goes_on_in_a_new_process_to_the_same_end(base):
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("method", ["LoRA", "APT", "BNN", "A3FT", "SelectiveZO", "PaRa"])
+@pytest.mark.parametrize("method", [method.__name__ for method in METHODS.values()])
 def test_a_campaign_of_kills(base, method, record_property):
     told = campaign(base, faults=10, seed=2, method=method)
     record_property("kills", told)
