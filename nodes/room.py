@@ -21,7 +21,7 @@ GIB = 2**30
 class Room:
     """What a training needs of a device's memory, and what there is.
 
-    denoiser: as it will be trained, still on the CPU.
+    denoiser: as it will be trained, without its numbers: the network itself is adapted by then.
     """
 
     method: Method

@@ -63,22 +63,37 @@ def trained(monkeypatch):
 
 
 def assert_gone(networks, trained=()) -> None:
-    assert not any(reference() is not None for reference in trained)
+    assert all(tensor.is_meta for reference in trained if (tensor := reference()) is not None)
     assert len(networks) == 1
     assert all(parameter.is_meta for parameter in networks[0].parameters())
     assert memory.current_loaded_models == []
 
 
-def test_after_a_training_that_failed(networks, trained, loaded_base, monkeypatch):
-    def fail_at_step_three(text):
-        if text.startswith("step 3 "):
-            raise torch.OutOfMemoryError("out of memory")
+def out_of_memory_at_step_three(text):
+    if text.startswith("step 3 "):
+        raise torch.OutOfMemoryError("out of memory")
 
-    show(monkeypatch, fail_at_step_three)
-    with pytest.raises(MemoryError, match="gradient_checkpointing") as failure:
-        session(model=loaded_base, ema_decay=0.5).train()
+
+@pytest.mark.parametrize("method", METHODS)
+def test_after_a_training_that_failed(method, networks, trained, loaded_base, monkeypatch):
+    show(monkeypatch, out_of_memory_at_step_three)
+    with pytest.raises(MemoryError, match="What needs less: ") as failure:
+        session(method=method, model=loaded_base, ema_decay=0.5).train()
     assert_gone(networks, trained)
     assert failure.tb is not None  # a traceback is still there
+
+
+@pytest.mark.parametrize("method, precision", [("lora", "int8"), ("a3ft", "fp32")])
+def test_what_helps_is_the_same_once_a_training_failed(method, precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(node, "runs_root", lambda: tmp_path)
+    show(monkeypatch, out_of_memory_at_step_three)
+    asked = session(method=method, precision=precision)
+    denoiser = asked.base.denoiser(precision)
+    data = asked.base.in_network_scale(asked.data, denoiser)
+    before = Room(asked.method, denoiser, data, memory.get_torch_device()).advice
+    with pytest.raises(MemoryError) as failure:
+        asked.train()
+    assert str(failure.value).endswith(before) and "What needs less: " in before
 
 
 def test_after_a_training_that_failed_in_its_first_step(networks, loaded_base, monkeypatch):

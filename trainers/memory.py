@@ -119,7 +119,10 @@ def half_size(batch: Batch) -> Batch:
 
 
 def without_numbers(denoiser: Denoiser, dtype: torch.dtype | None = None) -> Denoiser:
-    """Copy a denoiser onto the meta device, in another precision if wanted."""
+    """Copy a denoiser onto the meta device, in another precision if wanted.
+
+    What is needed for the copy is what is needed for the denoiser.
+    """
 
     def empty(tensor: Tensor) -> Tensor:
         bare = torch.empty_like(tensor, device="meta", dtype=dtype or tensor.dtype)
@@ -140,17 +143,22 @@ def forget(denoiser: Denoiser) -> None:
     denoiser.to("meta")
 
 
+class InsteadOfEightBits(nn.Linear):
+    """A layer without numbers, in the network's precision, for one in 8 bits."""
+
+
 def in_one_precision(denoiser: Denoiser) -> None:
     """Put layers without numbers in the place of those in 8 bits."""
     for name, layer in eight_bit_layers(denoiser.unet).items():
-        shape = layer.in_features, layer.out_features
-        plain = nn.Linear(*shape, layer.bias is not None, device="meta", dtype=denoiser.dtype)
+        shape = layer.in_features, layer.out_features, layer.bias is not None
+        plain = InsteadOfEightBits(*shape, device="meta", dtype=denoiser.dtype)
         denoiser.unet.set_submodule(name, plain.requires_grad_(False))
 
 
 def spared(denoiser: Denoiser) -> int:
     """Return the bytes by which weights in 8 bits are smaller than in the network's precision."""
-    weights = [layer.weight for layer in eight_bit_layers(denoiser.unet).values()]
+    modules = [m for m in denoiser.unet.modules() if isinstance(m, InsteadOfEightBits)]
+    weights = [m.weight for m in (*modules, *eight_bit_layers(denoiser.unet).values())]
     return sum((denoiser.dtype.itemsize - 1) * w.numel() - 4 * len(w) for w in weights)
 
 
