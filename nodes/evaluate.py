@@ -18,7 +18,14 @@ from ..trainers.data import PersonalData
 from ..trainers.denoiser import Denoiser
 from ..trainers.errors import brief
 from ..trainers.loop import Step
-from ..trainers.monitor import Evaluation, Examination, rounds_for, spacing
+from ..trainers.monitor import (
+    Evaluation,
+    Examination,
+    high_frequency_energy,
+    is_number,
+    rounds_for,
+    spacing,
+)
 from ..trainers.report import evaluation_of
 from ..trainers.run import BEST, Run
 from ..trainers.settings import Settings
@@ -54,6 +61,7 @@ class Evaluator:
     evaluations: list[Evaluation] = field(default_factory=list)
     newest: Image.Image | None = None  # sample, until it is shown
     failed: str = ""  # why the newest samples are missing
+    energy_of_base: float | None = None  # high-frequency, of the base's samples
     heed_pins: Callable[[], None] = lambda: None  # called before checkpoints are deleted
     # steps whose checkpoints a run would need that goes on from the state on disk
     settled: list[int] = field(default_factory=list)
@@ -71,6 +79,8 @@ class Evaluator:
     def take_up(self, lines: Sequence[Line]) -> None:
         """Go on from what the history tells; the best checkpoint is the best of these again."""
         self.evaluations = list(filter(None, map(evaluation_of, lines)))
+        energy = lines[0].get("sample_energy") if lines else None
+        self.energy_of_base = energy if is_number(energy) and energy > 0 else None
         self.settle()
         if self.settled and f"step {self.settled[0]}" in self.run.checkpoints():
             self.run.make_best(self.settled[0])
@@ -206,15 +216,26 @@ class Evaluator:
             image.save(self.run.folder / names[-1])
             self.newest = image if number == 0 else self.newest
         channels_first = [group.movedim(-1, 1) for group in groups]
+        energy = float(high_frequency_energy(torch.cat(channels_first)).mean())
+        if step == 0:
+            self.energy_of_base = energy
         pictures = [view.pixels for example in self.data.training for view in example.views]
         return {
             "samples": names,
             "nearest": nearest(torch.cat(channels_first), pictures),
             "diversity": diversity(channels_first),
+            "sample_energy": energy,
+            "grain": energy / self.energy_of_base if self.energy_of_base else None,
         }
 
 
-NO_SAMPLES: Line = {"samples": [], "nearest": None, "diversity": None}
+NO_SAMPLES: Line = {
+    "samples": [],
+    "nearest": None,
+    "diversity": None,
+    "sample_energy": None,
+    "grain": None,
+}
 
 
 def learned_by(step: Step, header: Header) -> Personalization:

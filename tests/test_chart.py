@@ -192,6 +192,7 @@ def evaluation(folder: Path, step: int) -> dict:
         "corruption": 1 + 0.25 * math.sin(2.6 * x) * x,
         "nearest": 0.6 + 0.3 * x,
         "diversity": 0.4 - 0.2 * x,
+        "grain": 1 + 0.4 * x,
         "samples": samples,
         "best_step": min(step, 140),
         "verdict": "learning" if step <= 200 else "over-fitting",
@@ -231,6 +232,7 @@ def test_a_node_draws_its_run_in_both_renderers(fresh, runs, vue):
         assert f"{values[key]:.4f}" in shown
     assert f"+{100 * values['prior_drift']:.0f} %" in shown
     assert f"{values['corruption']:.2f}" in shown
+    assert f"grain{values['grain']:.2f}" in text(fresh, node, "readSamples")
     fresh.page.locator(".personalize-monitor .losses canvas").wait_for(timeout=WAIT)
     for plot, colour in (("losses", "held"), ("losses", "train"), ("drift", "prior")):
         assert painted(fresh, node, plot, colour) > 100

@@ -27,6 +27,7 @@ from personalize.trainers.monitor import (
     fixed_batches,
     high_frequency_energy,
     indicator,
+    log_ratio,
     over_fitting,
     rounds_for,
     spacing,
@@ -103,6 +104,17 @@ def test_an_untrained_network_is_as_grainy_as_the_base_and_a_broken_one_grainier
     with torch.no_grad():
         denoiser.unet.get_parameter("conv_out.free.default.weight").mul_(100)
     assert corruption(denoiser, data.held_out) > 0.5
+
+
+def test_corruption_is_grain_at_low_timesteps_where_the_base_draws_no_blur():
+    of_base = torch.rand(2, BINS, generator=torch.Generator().manual_seed(0)) + 0.1
+    sharper, noisier = of_base.clone(), of_base.clone()
+    sharper[:, 3:] *= 8  # memorised pictures, drawn out of pure noise
+    noisier[:, :3] *= 4  # noise that is left
+    assert log_ratio(sharper, of_base) == 0.0
+    assert log_ratio(noisier, of_base) == pytest.approx(2.0)
+    naive = [math.log2(noisier[i, b] / of_base[i, b]) for i in range(2) for b in range(3)]
+    assert log_ratio(noisier, of_base) == pytest.approx(sum(naive) / 6)
 
 
 def test_training_on_one_picture_opens_a_gap():

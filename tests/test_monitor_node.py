@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -110,8 +111,19 @@ def test_samples_are_saved_at_their_turn_and_at_the_end(everything):
         assert lines[step]["samples"] == names
         assert all(Image.open(everything / name).size == (SIDE, SIDE) for name in names)
         assert -1 <= lines[step]["nearest"] <= 1 and 0 <= lines[step]["diversity"] <= 2
+        of_base = energy(everything, lines[0]["samples"])
+        assert lines[step]["grain"] == pytest.approx(energy(everything, names) / of_base, rel=0.02)
     assert lines[2]["samples"] == lines[6]["samples"] == []
-    assert lines[2]["nearest"] is lines[2]["diversity"] is None
+    assert lines[2]["nearest"] is lines[2]["diversity"] is lines[2]["grain"] is None
+    assert lines[0]["grain"] == 1.0 != lines[8]["grain"]
+
+
+def energy(folder: Path, names: list[str]) -> float:
+    """Return the mean square of what 3x3 means leave of pictures, border and all."""
+    pictures = np.stack([np.asarray(Image.open(folder / name)) / 255 for name in names])
+    around = np.pad(pictures, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(around, (3, 3), (1, 2))
+    return float(np.square(pictures - windows.mean((-2, -1))).mean())
 
 
 def test_the_samples_are_those_of_a_stock_ksampler(comfy, run, everything):

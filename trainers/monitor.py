@@ -23,6 +23,7 @@ MOST_ROUNDS = 4
 EVALUATIONS, FEWEST = 20, 8  # of a run, where the user leaves it to us
 LARGEST = 1e15  # of the numbers in a history
 BINNED = ("_bins", "gamma")  # how names of values of every bin end
+NOISY = 3  # lowest bins, where corruption is looked for
 LATENTS_AT_ONCE = 4 * 64 * 64  # places in the latents of one forward pass: four SD 1.5 pictures
 
 
@@ -49,7 +50,7 @@ class Evaluation:
     train_of_base: float
     train_bins: tuple[float, ...]
     gamma: tuple[float, ...]  # APT's indicator on the training pictures: 0..1 in every bin
-    corruption: float  # high-frequency energy of predicted pictures over the base's: 1 as there
+    corruption: float  # grain left in nearly clean training pictures, over the base's: 1 as there
     held_out: float | None = None
     held_out_of_base: float | None = None
     held_out_bins: tuple[float, ...] | None = None
@@ -137,11 +138,8 @@ class Examination:
             found[f"{name}_of_base"] = float(self.base[name].loss.mean())
             found[f"{name}_bins"] = tuple(answer.loss.tolist())
         gamma = indicator(self.base["train"].loss, answers["train"].loss)
-        seen = "held_out" if "held_out" in answers else "train"
-        graininess = torch.log2(answers[seen].grain / self.base[seen].grain).mean().exp2()
-        return Evaluation(
-            step=step, gamma=tuple(gamma.tolist()), corruption=float(graininess), **found
-        )
+        grain = log_ratio(answers["train"].grain, self.base["train"].grain)
+        return Evaluation(step=step, gamma=tuple(gamma.tolist()), corruption=2**grain, **found)
 
 
 @dataclass(frozen=True)
@@ -286,6 +284,15 @@ def high_frequency_energy(latents: Tensor) -> Tensor:
     return ((latents - mean) ** 2).flatten(1).mean(1)
 
 
+def log_ratio(grain: Tensor, of_base: Tensor) -> float:
+    """Return the mean log2 of a grain over the base's, (..., BINS), in the lowest bins.
+
+    Higher up the base draws a blur: there, more grain is sharpness, which comes with learning by
+    heart, and not what is left of the noise.
+    """
+    return float(torch.log2(grain / of_base)[..., :NOISY].mean())
+
+
 @torch.no_grad()
 def grain(denoiser: Denoiser, examples: Sequence[Example]) -> Tensor:
     """Return the high-frequency energy of the pictures predicted in one step, (N, TIMESTEPS)."""
@@ -298,14 +305,14 @@ def grain(denoiser: Denoiser, examples: Sequence[Example]) -> Tensor:
 
 
 def corruption(denoiser: Denoiser, examples: Sequence[Example]) -> float:
-    """Return the mean log2 of the grain over the base's: 0 as the base, 1 twice the energy.
+    """Return the log2 of the grain over the base's: 0 as the base, 1 twice the energy.
 
     Rises and falls again over a run that passes through the corruption stage (arXiv 2405.19931);
     the measure is ours.
     """
     with denoiser.prior():
         before = grain(denoiser, examples)
-    return float(torch.log2(grain(denoiser, examples) / before).mean())
+    return log_ratio(grain(denoiser, examples), before)
 
 
 def over_fitting(
@@ -324,5 +331,5 @@ def over_fitting(
         "train_loss_of_base": of_base[0],
         "held_out_loss": stable_loss(denoiser, held_out),
         "held_out_loss_of_base": of_base[1],
-        "corruption": corruption(denoiser, held_out),
+        "corruption": corruption(denoiser, training),
     }

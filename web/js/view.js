@@ -28,7 +28,8 @@ const TIPS = {
     train: "Loss on the training pictures, at fixed timesteps and noise.",
     "held-out": "The same on pictures of the subject that are not trained on. Lowest is best.",
     "prior drift": "How much worse the class is known than by the base.",
-    corruption: "Grain in what the network predicts, over that of the base: 1 is as the base.",
+    corruption: "Grain left in nearly clean training pictures, over what the base leaves: 1 is as it.",
+    grain: "Of the samples, over that of the base's: a hump is the stage of corrupted pictures.",
     likeness: "Of the samples to the training picture most like each: near 1 they are copies.",
     diversity: "How much the samples of one prompt differ: near 0 they are all the same.",
 }
@@ -298,6 +299,7 @@ export class View {
             ["", "sampled at step", older, (step) => step.toLocaleString("en")],
             ["", "likeness", sampled?.nearest, two],
             ["", "diversity", sampled?.diversity, two],
+            ["", "grain", sampled?.grain, two],
         ])
     }
 }
