@@ -75,6 +75,7 @@ COSTS = {
 TARGETS = {  # at most
     "lora_vs_bare": 1.05,
     "lora_vs_stock": 1.0,
+    "lora_everywhere_vs_stock": 1.0,
     "apt_vs_lora": 1.6,
     "apt_cached_vs_lora": 1.3,
     "bnn_vs_lora": 1.1,
@@ -151,6 +152,7 @@ def measure(base: "Base", comparisons: Mapping[str, tuple[str, str]], rounds: in
 
 def memory_of(contestant: "Contestant", device: torch.device) -> dict[str, int]:
     """Return the bytes that a contestant keeps, and the peak of those of a step."""
+    contestant.rest()
     follow = meter(device)
     contestant.step(follow)
     kept = contestant.kept()
