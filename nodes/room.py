@@ -10,24 +10,35 @@ from torch import Tensor
 
 from ..trainers.data import PersonalData
 from ..trainers.denoiser import Denoiser
-from ..trainers.memory import needed, remedies
+from ..trainers.memory import needed, remedies, without_numbers
 from ..trainers.method import Method
 from .monitor import stop_when_interrupted
 
 GIB = 2**30
+OF_LIBRARIES = GIB // 2  # what those of a GPU take for themselves once they compute
 
 
 @dataclass(frozen=True)
 class Room:
     """What a training needs of a device's memory, and what there is.
 
-    denoiser: as it will be trained, without its numbers: the network itself is adapted by then.
+    denoiser: as it will be trained, without its numbers. there: bytes of it that are on the device
+    already: on a CPU all, and on a GPU where ComfyUI keeps its models there.
     """
 
     method: Method
     denoiser: Denoiser
     data: PersonalData
     device: torch.device
+    there: int
+
+    @classmethod
+    def of(
+        cls, method: Method, denoiser: Denoiser, data: PersonalData, device: torch.device
+    ) -> "Room":
+        """Look at a denoiser before it is adapted, or moved."""
+        there = sum(p.nbytes for p in denoiser.parameters() if p.device.type == device.type)
+        return cls(method, without_numbers(denoiser), data, device, there)
 
     @cached_property
     def needed(self) -> int:
@@ -36,10 +47,9 @@ class Room:
 
     @cached_property
     def free(self) -> int:
-        """Bytes that training can have; on the CPU the network is there already."""
-        there = sum(p.nbytes for p in self.denoiser.parameters()) if self.on_cpu else 0
+        """Bytes that training can have, the network's own among them."""
         free: Any = comfy.model_management.get_free_memory(self.device)
-        return int(free) + there
+        return int(free) + self.there - (0 if self.on_cpu else OF_LIBRARIES)
 
     @property
     def on_cpu(self) -> bool:

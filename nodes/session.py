@@ -24,7 +24,7 @@ from ..trainers.data import PersonalData
 from ..trainers.denoiser import Denoiser
 from ..trainers.errors import InputError
 from ..trainers.loop import train
-from ..trainers.memory import forget, without_numbers
+from ..trainers.memory import forget
 from ..trainers.method import Method, by_size
 from ..trainers.monitor import over_fitting
 from ..trainers.report import History, ended
@@ -126,10 +126,10 @@ class Session:
         choice = self.method.settings.gradient_checkpointing
         if choice == "on":
             denoiser.unet.enable_gradient_checkpointing()
-        self.room = Room(self.method, without_numbers(denoiser), data, device)
+        self.room = Room.of(self.method, denoiser, data, device)
         if choice == "auto" and not self.room.enough:
             denoiser.unet.enable_gradient_checkpointing()
-            self.room = Room(self.method, without_numbers(denoiser), data, device)
+            self.room = Room.of(self.method, denoiser, data, device)
         self._say(str(self.room))
         logging.info("Personalize: %s", self.room)
         if not self.room.enough:

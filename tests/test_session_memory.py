@@ -9,12 +9,21 @@ import torch
 
 from personalize.nodes import base, load
 from personalize.nodes import session as node
-from personalize.nodes.room import Room
+from personalize.nodes.room import GIB, Room
 from personalize.trainers.loop import Learner
 from personalize.trainers.methods import METHODS
 from tests.sessions import session, show
 from tests.test_load import train_on
-from tests.tiny import comfy_model, comfy_output, make, question, same, snapshot, tiny_data
+from tests.tiny import (
+    comfy_model,
+    comfy_output,
+    make,
+    question,
+    same,
+    snapshot,
+    tiny_data,
+    tiny_denoiser,
+)
 
 
 @pytest.fixture
@@ -90,7 +99,7 @@ def test_what_helps_is_the_same_once_a_training_failed(method, precision, tmp_pa
     asked = session(method=method, precision=precision)
     denoiser = asked.base.denoiser(precision)
     data = asked.base.in_network_scale(asked.data, denoiser)
-    before = Room(asked.method, denoiser, data, memory.get_torch_device()).advice
+    before = Room.of(asked.method, denoiser, data, memory.get_torch_device()).advice
     with pytest.raises(MemoryError) as failure:
         asked.train()
     assert str(failure.value).endswith(before) and "What needs less: " in before
@@ -139,8 +148,20 @@ def test_a_vae_stays_between_steps_only_where_there_is_room(networks, loaded_bas
 
     data = dataclasses.replace(tiny_data(), encode=encode)
     device = memory.get_torch_device()
-    found = Room(make(METHODS["apt"]), base.denoiser_of(loaded_base, "fp32"), data, device)
+    found = Room.of(make(METHODS["apt"]), base.denoiser_of(loaded_base, "fp32"), data, device)
     of_all = vae.model_size() + loaded_base.model_size()
     vars(found).update(free=free, needed=free - int(room * of_all))
     found.kept(data).encode(torch.zeros(1))
     assert (vae in memory.loaded_models()) == (room > 1)
+
+
+def test_a_gpu_has_room_for_its_libraries_and_counts_what_lies_there(monkeypatch):
+    monkeypatch.setattr(memory, "get_free_memory", lambda device: 10 * GIB)
+
+    def free(denoiser, device: str) -> int:
+        return Room.of(make(METHODS["lora"]), denoiser, tiny_data(), torch.device(device)).free
+
+    own = sum(parameter.nbytes for parameter in tiny_denoiser().parameters())
+    assert free(tiny_denoiser(), "cpu") == 10 * GIB + own
+    assert free(tiny_denoiser(), "cuda:0") == 9.5 * GIB
+    assert free(tiny_denoiser().to(torch.device("meta")), "meta") == 9.5 * GIB + own
