@@ -24,6 +24,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
@@ -216,7 +217,7 @@ class BNN(LoRA):
         if not found:
             return {}
         count = sum(p.mean.numel() for p in found)
-        total = torch.stack([p.noise.spread().sum() for p in found]).double().sum()
+        total = torch.stack([p.noise.spread().sum() for p in found]).cpu().double().sum()
         still = torch.stack([(p.noise.sigma <= LEAST_SIGMA).sum() for p in found]).sum()
         kl = divergence_of(found, s.kl_direction, s.kl_reduction)
         return {
@@ -303,7 +304,9 @@ def randomize(unet: nn.Module, named: set[str] | None, sigma: float, relative: b
     for site, layer in tuned_layers(unet).items():
         if named is not None and site not in named:
             continue
-        scale = float(layer.base_layer.weight.float().std(correction=0)) if relative else 1.0
+        scale = 1.0
+        if relative:
+            scale = float(dequantize_module_weight(layer.base_layer).float().std(correction=0))
         part = own_part(layer)
         for name, mean in list(part.named_parameters()):
             register_parametrization(part, name, Gaussian(mean, sigma * scale, index))
