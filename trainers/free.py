@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .edits import Difference, Edit
+from .eight_bits import in_eight_bits
 from .errors import InputError
 
 
@@ -40,7 +41,7 @@ def set_free(unet: nn.Module, layers: Iterable[str]) -> None:
     """Let the named layers' own weights learn. Raises InputError for weights in 8 bits."""
     for name in layers:
         layer = unet.get_submodule(name)
-        if not all(weight.is_floating_point() for weight in layer.parameters()):
+        if in_eight_bits(layer):
             raise InputError(
                 "precision",
                 "is 'int8', in which the base's own weights can not learn; choose bf16, or a "
