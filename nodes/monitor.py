@@ -162,7 +162,8 @@ class Monitor(io.ComfyNode):
         held_out=None,
         **widgets,
     ) -> io.NodeOutput:
-        with at(cls):
+        said = {"prompts": prompts, "prior_prompts": prior_prompts}
+        with at(cls, **widgets, **said, held_out_caption=held_out_caption):
             texts, prior = lines(prompts), lines(prior_prompts)
             caption = held_out_caption.strip()
             if clip is None and (texts or prior or caption):

@@ -442,6 +442,25 @@ def test_a_strength_that_a_link_brings_is_checked(strength):
     assert refused(apply, base=None, personalized=None, strength=strength) == told
 
 
+NO_TEXT = "has half a character ('\\ud83d') at place 3; write it anew."
+WATCHED = {
+    "'every' is -1; give a number from 0 to 100000.": {"every": -1},
+    "'cfg' is nan; give a number from 0.0 to 100.0.": {"cfg": float("nan")},
+    "'best' is 'first'; give one of held-out, train, last.": {"best": "first"},
+    "'prior_prompts' is 3; give a text.": {"prior_prompts": 3},
+    f"'prompts' {NO_TEXT}": {"prompts": "a \ud83d"},
+    f"'held_out_caption' {NO_TEXT}": {"held_out_caption": "a \ud83d"},
+}
+
+
+@pytest.mark.parametrize("told", WATCHED)
+def test_what_a_link_brings_to_the_monitor_is_checked(told):
+    from personalize.nodes.monitor import Monitor
+
+    texts = {"prompts": "", "prior_prompts": "", "held_out_caption": ""}
+    assert refused(Monitor, **texts | WATCHED[told]) == told
+
+
 def test_pictures_that_would_not_fit_into_memory_are_not_drawn():
     from personalize.nodes.unconditional import SampleUnconditional
     from tests.test_unconditional import tiny_base
