@@ -17,7 +17,7 @@ from server import PromptServer
 
 from ..trainers.errors import InputError
 from ..trainers.methods import METHODS
-from ..trainers.run import Run, inside
+from ..trainers.run import Run, inside, shallow
 from . import control
 from .load import runs_root
 
@@ -158,7 +158,8 @@ def _parse(text: bytes) -> Any:
     """Read JSON; NaN and infinities, which pages can not read, and broken text become None."""
     try:
         careful = _finite if HUGE.search(text) else None  # a fifth of the speed
-        return json.loads(text, parse_constant=lambda _: None, parse_float=careful)
+        found = json.loads(text, parse_constant=lambda _: None, parse_float=careful)
+        return found if shallow(text, found) else None
     except (ValueError, RecursionError):
         return None
 

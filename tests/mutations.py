@@ -3,9 +3,10 @@
 import json
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from personalize.trainers import state
 from personalize.trainers.artifact import HEADER
 from personalize.trainers.monitor import Evaluation
 
@@ -177,10 +178,38 @@ def foreign(_: bytes, rng: random.Random) -> bytes:
     return rng.choice((*FOREIGN, rng.randbytes(rng.randrange(5000))))
 
 
+def lying_state(file: bytes, rng: random.Random) -> bytes:
+    """Lie anywhere in the JSON of a run's state."""
+    header, data = parts(file)
+    ours = json.loads(header["__metadata__"][state.HEADER])
+    *way, last = rng.choice([place for place in places(ours) if place])
+    inner = ours
+    for step in way:
+        inner = inner[step]
+    lies: tuple[Any, ...] = (*NUMBERS, *WORDS, [], {}, True, nested(60), {"list": [3]}, {"map": 7})
+    inner[last] = rng.choice((*lies, {"tensor": "x"}, {"map": [[[], 1]]}, float("nan")))
+    if rng.random() < 0.2:
+        del inner[last]
+    header["__metadata__"][state.HEADER] = json.dumps(ours)
+    return joined(header, data)
+
+
+def places(value: Any, way: tuple = ()) -> Iterator[tuple]:
+    """Name every place in a nested JSON value by the keys that lead there."""
+    yield way
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*way, key))
+
+
 Damage = Callable[[bytes, random.Random], bytes]
 DAMAGES: tuple[Damage, ...] = (
     *(cut, flip_header, flip_header, flip_data, header_length, splice, other_numbers),
     *(one_tensor, one_tensor, one_tensor, our_header, our_header, newer, foreign),
+)
+STATE_DAMAGES: tuple[Damage, ...] = (
+    *(cut, flip_header, flip_data, header_length, splice, other_numbers, one_tensor, one_tensor),
+    *(lying_state, lying_state, lying_state, lying_state, foreign),
 )
 
 
@@ -213,6 +242,7 @@ def lying_line(rng: random.Random) -> str:
     """Return a line of a history in which one thing is wrong, or which is none."""
     line: dict[str, Any] = dict(rng.choice((LINE, MEASURED, END)))
     lies: tuple[Any, ...] = (*NUMBERS, *WORDS[:-1], [], {}, True, [None], {"step": 1}, float("nan"))
+    lies = (*lies, nested(900))
     line[rng.choice([*line, rng.choice(WORDS[:-1])])] = rng.choice(lies)
     if rng.random() < 0.3:
         line.pop(rng.choice([*line]))

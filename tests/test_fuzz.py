@@ -18,14 +18,16 @@ from personalize.nodes import load
 from personalize.trainers.artifact import Personalization
 from personalize.trainers.edits import of_weights
 from personalize.trainers.errors import InputError
+from personalize.trainers.loop import train
 from personalize.trainers.methods import METHODS
 from personalize.trainers.resume import find
 from personalize.trainers.run import Run
+from personalize.trainers.state import State
 from personalize.trainers.time_aware import SITE
 from tests import mutations
-from tests.mutations import DAMAGES
+from tests.mutations import DAMAGES, STATE_DAMAGES
 from tests.test_load import train_on
-from tests.tiny import comfy_model
+from tests.tiny import comfy_model, make, tiny_data, tiny_denoiser
 
 QUICK, WHOLE = 560, 14_000  # files
 QUICK_RUNS, ALL_RUNS = 40, 3_000  # folders
@@ -135,6 +137,70 @@ def test_damaged_files_are_loaded_or_refused(good, base, tmp_path):
 def test_more_than_ten_thousand_damaged_files_are_loaded_or_refused(good, base, tmp_path):
     ended = assault(WHOLE, good, base, tmp_path)
     print(f"\n{ended.total()} damaged files: {dict(sorted(ended.items()))}")
+
+
+# States of runs that broke off
+
+
+QUICK_STATES, ALL_STATES = 39, 2_600  # files
+GOING_ON = {"steps": 4, "ema_decay": 0.9, "schedule": "cosine"}
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory) -> dict[str, bytes]:
+    """What it takes to go on after two steps; APT keeps something of its own."""
+    path, files = tmp_path_factory.mktemp("states") / "state.safetensors", {}
+    for name in ("lora", "apt"):
+        running = train(make(METHODS[name], **GOING_ON), tiny_denoiser(), tiny_data())
+        next(running)
+        next(running).state().save(path)
+        running.close()
+        files[name] = path.read_bytes()
+    return files
+
+
+def go_on(path: Path, method: str) -> str:
+    """Make a step from a state; return how it was refused."""
+    try:
+        chosen = make(METHODS[method], **GOING_ON)
+        running = train(chosen, tiny_denoiser(), tiny_data(), State.load(path))
+        next(running)
+        next(running).state()
+        running.close()
+    except (InputError, FloatingPointError) as error:
+        return str(error)
+    return ""
+
+
+def assault_on_states(count: int, states: dict[str, bytes], folder: Path) -> Counter:
+    path, ended = folder / "state.safetensors", Counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in range(count):
+        rng = random.Random(seed)
+        method, damage = rng.choice(list(states)), STATE_DAMAGES[seed % len(STATE_DAMAGES)]
+        path.write_bytes(damage(states[method], rng))
+        with time_limit(6 * SECONDS):
+            try:
+                refused = go_on(path, method)
+            except Exception as error:
+                raise AssertionError(f"state {seed}: {damage.__name__} of {method}") from error
+        assert is_one_sentence(refused or "a", path), (seed, refused)
+        ended[damage.__name__, "refused" if refused else "went on"] += 1
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < MEMORY, f"{grown:.0f} MB"
+    return ended
+
+
+def test_from_damaged_states_a_run_goes_on_or_is_refused(states, tmp_path):
+    ended = assault_on_states(QUICK_STATES, states, tmp_path)
+    assert ended["lying_state", "refused"] > ended["lying_state", "went on"]
+    assert not ended["cut", "went on"] and ended["flip_data", "went on"]
+
+
+@pytest.mark.stress
+def test_from_thousands_of_damaged_states_a_run_goes_on_or_is_refused(states, tmp_path):
+    ended = assault_on_states(ALL_STATES, states, tmp_path)
+    print(f"\n{ended.total()} damaged states: {dict(sorted(ended.items()))}")
 
 
 # Runs whose JSON lies

@@ -19,11 +19,12 @@ from personalize.trainers.methods import METHODS
 from personalize.trainers.optimizers import OPTIMIZERS
 from personalize.trainers.resume import Found, find, near, of_data, sketch
 from personalize.trainers.run import Run
-from personalize.trainers.state import State, pack
+from personalize.trainers.state import FORMAT, State, pack
 from personalize.trainers.versions import versions
 from tests.sessions import interrupt, monitoring, outcome, session, show
+from tests.test_artifact import FORMATS
 from tests.test_run import without_locks
-from tests.test_writing import as_nobody, told_by_child
+from tests.test_writing import as_nobody, limited, told_by_child
 from tests.tiny import (
     WIDTH,
     comfy_model,
@@ -183,6 +184,29 @@ def test_a_state_of_another_network_is_refused(state):
         next(steps_of(METHODS["para"], State.load(state)))
 
 
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (10**5,)])
+def test_a_state_with_numbers_for_other_weights_is_refused_and_kills_nothing(state, shape):
+    """AdamW's kernel writes where the shapes say: without a look at them the process would die."""
+    lying = State.load(state)
+    for kept in lying.optimizer["state"].values():
+        kept["exp_avg"] = torch.zeros(shape)
+
+    def go_on() -> None:
+        for _ in steps_of(METHODS["lora"], lying, ema_decay=0.5):
+            pass
+
+    told = told_by_child(go_on)
+    assert told.startswith("InputError: 'name' has a state that does not fit (an optimizer's state")
+
+
+def test_a_state_of_the_first_version_is_gone_on_from():
+    """tests/formats/1/state.safetensors was written by the first version that kept states."""
+    old = State.load(FORMATS / str(FORMAT) / "state.safetensors")
+    how = {"steps": 4, "rank": 1, "layers": "cross-attention", "ema_decay": 0.5}
+    assert [step.index for step in steps_of(METHODS["lora"], old, **how)] == [2, 3, 4]
+    assert old.versions == {}
+
+
 def test_what_a_state_can_not_hold_is_named():
     with pytest.raises(InputError, match=r"'optimizer' keeps a set \(optimizer.x\)"):
         pack({"x": {1, 2}}, "optimizer", {})
@@ -287,6 +311,10 @@ CHANGES = {
     "several": ({"seed": 1, "steps": 4}, "steps was 3, now 4; seed was 0, now 1"),
     "method": ({"method": "para"}, "the method was lora, now para"),
     "pictures": ({"data": tiny_data(4)}, "data has other pictures or captions"),
+    "prompt": (
+        {"data": replace(tiny_data(3, held_out=2), instance_prompt="a mog")},
+        "instance_prompt was 'a zib totem', now 'a mog'",
+    ),
     "sizes": (
         {"data": mixed_data()},
         "data's sizes was ['64x64'], now ['64x64', '64x96', '96x64']",
@@ -547,6 +575,63 @@ def test_a_link_that_stays_inside_its_run_is_no_obstacle(root, monkeypatch):
     again = session(steps=3)
     again.train()
     assert again.said == "run 'some' resumed at step 2"
+
+
+@pytest.mark.parametrize("room", [0, 10, 1000], ids=lambda room: f"{room} bytes")
+def test_a_disk_that_is_full_in_the_middle_of_a_run_takes_nothing_of_it(root, monkeypatch, room):
+    """With room for no line of the history, for half a line, and for some lines, but no state."""
+    how = {"monitor": monitoring(every=2), "steps": 6}
+    undisturbed = session("whole", **how).train()
+    history = root / "some" / "history.jsonl"
+
+    def fill(text: str) -> None:
+        if text.startswith("step 3 "):
+            limited(history.stat().st_size + room)
+
+    show(monkeypatch, fill)
+    told = told_by_child(lambda: session(**how).train())
+    assert "File too large" in told and not list(root.rglob(".*.tmp"))
+    show(monkeypatch)
+    again = session(**how)
+    learned = again.train()
+    assert again.said == "run 'some' resumed at step 2"
+    assert outcome(Run(root / "some"), learned) == outcome(Run(root / "whole"), undisturbed)
+
+
+def test_a_run_whose_folder_is_read_only_says_so_and_goes_on_later(root, monkeypatch):
+    cancelled(monkeypatch, at=2, steps=3)
+    run, opened = Run(root / "some"), [root, *root.parents]
+    for folder in (f for f in opened if f.name.startswith(("pytest-", "popen-", "test_"))):
+        folder.chmod(0o755)
+    run.folder.chmod(0o555)
+    try:
+        told = told_by_child(lambda: (as_nobody(), run.claim()))
+    finally:
+        run.folder.chmod(0o755)
+    problem = "is 'some', whose folder can not be written (Permission denied)."
+    assert told == f"InputError: 'name' {problem}"
+    again = session(steps=3)
+    again.train()
+    assert again.said == "run 'some' resumed at step 2"
+
+
+def test_nothing_of_one_run_leaks_into_the_next(root):
+    """Every method, then all of them again the other way round, each behind another one."""
+
+    def train_all(order, place: str) -> dict[str, tuple]:
+        runs = {method: f"{method} {place}" for method in order}
+        trained = {m: session(name, method=m, steps=2).train() for m, name in runs.items()}
+        return {m: outcome(Run(root / runs[m]), learned) for m, learned in trained.items()}
+
+    there = train_all(METHODS, "there")
+    assert train_all(reversed(METHODS), "back") == there
+
+
+def test_a_batch_above_the_set_is_told(root):
+    large = session(data=tiny_data(3), batch_size=9, steps=1)
+    assert "Every picture was shown 3.0 times a step: 'batch_size' is 9" in large.summary(
+        large.train()
+    )
 
 
 def test_a_result_that_is_gone_is_trained_again(root):

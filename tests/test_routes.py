@@ -373,3 +373,11 @@ def test_facts_that_a_link_leads_to_outside_of_the_run_stay_unread(tmp_path, fil
     (run.folder / file).symlink_to(tmp_path / "secret")
     with pytest.raises(web.HTTPNotFound):
         routes._facts(run)
+
+
+@pytest.mark.parametrize("deep", [b"[" * 900 + b"]" * 900, b'{"a":' * 900 + b"1" + b"}" * 900])
+def test_a_line_that_no_answer_could_hold_is_left_out(deep):
+    from personalize.nodes import routes
+
+    assert routes._parse(b'{"step": 1, "loss": ' + deep + b"}") is None
+    assert routes._parse(b'{"text": "' + b"[" * 900 + b'"}') == {"text": "[" * 900}

@@ -232,6 +232,16 @@ def test_history_and_facts_leave_out_what_is_damaged(tmp_path):
     assert run.facts() == {}
 
 
+@pytest.mark.parametrize("deep", ["[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900])
+def test_what_is_nested_too_deeply_to_be_looked_at_is_damaged(tmp_path, deep):
+    run = saved(tmp_path)
+    run.log(step=1, loss=0.5, prompts=["[" * 900])
+    (run.folder / "run.json").write_text(f'{{"method": "lora", "data": {deep}}}')
+    with open(run.folder / "history.jsonl", "a") as file:
+        file.write(f'{{"step": 2, "loss": {deep}}}\n')
+    assert run.facts() == {} and [line["step"] for line in run.history()] == [1]
+
+
 def without_locks(monkeypatch, number: int = errno.ENOLCK) -> None:
     """Let the disk be one that knows no locks."""
 

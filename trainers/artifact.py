@@ -158,15 +158,20 @@ def _read_header(metadata: dict[str, str], file: str, input_name: str) -> Header
 
 
 def _checked(header: Header) -> Header:
-    """Raise TypeError or ValueError unless every field is of the kind that it declares."""
-    for field in fields(Header):
-        kind: Any = get_origin(field.type) or field.type
-        value = getattr(header, field.name)
-        if type(value) is not kind:
-            raise TypeError(f"{field.name} is {type(value).__name__}, not {kind.__name__}")
+    """Raise TypeError or ValueError unless a header can be one."""
+    check_kinds(header)
     if not 0 <= header.step <= MOST_STEPS or header.format < 1:
         raise ValueError(f"step {header.step}, format {header.format}")
     return header
+
+
+def check_kinds(record: Any) -> None:
+    """Raise TypeError unless every field of a dataclass is of the kind that it declares."""
+    for field in fields(record):
+        kind: Any = get_origin(field.type) or field.type
+        value = getattr(record, field.name)
+        if type(value) not in ((int, float) if kind is float else (kind,)):
+            raise TypeError(f"{field.name} is {type(value).__name__}, not {kind.__name__}")
 
 
 def modelspec(header: Header) -> dict[str, str]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from .data import PersonalData
 from .denoiser import Denoiser
 from .edits import Edit
-from .errors import InputError
+from .errors import InputError, brief
 from .health import Health
 from .method import Draws, Method, Objective, generator
-from .optimizers import build_optimizer
+from .optimizers import build_optimizer, check_shapes
 from .settings import Settings
 from .state import Done, State, copied, finite
 from .time_aware import TimeAware
@@ -172,18 +172,33 @@ class Learner:
             fill(self.names, self.parameters, state.parameters)
             if self.average is not None:
                 fill(self.names, self.average.shadow_params, state.average["parameters"])
-                self.average.optimization_step = state.average["steps"]
-            self.optimizer.load_state_dict(copied(state.optimizer))
+                self.average.optimization_step = int(state.average["steps"])
+            load_optimizer(self.optimizer, copied(state.optimizer))
             self.method.load_state_dict(copied(state.method))
             if not finite(self.parameters):
                 raise ValueError("numbers that are not finite")
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
                 "name",
-                f"has a state that does not fit ({error}); delete the run's state.safetensors, or "
-                "take another name.",
+                f"has a state that does not fit ({brief(error)}); delete the run's "
+                "state.safetensors, or take another name.",
             ) from error
         self.health = state.health
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over an optimiser's state, but for what this version and its settings switch.
+
+    Raises ValueError when it is that of other weights.
+    """
+    switched = [
+        {name: value for name, value in group.items() if value is None or isinstance(value, bool)}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, switches in zip(optimizer.param_groups, switched, strict=True):
+        group |= switches
+    check_shapes(optimizer)
 
 
 def fill(names: list[str], tensors: list[Any], values: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,8 @@
 """Optimisers by name: torch's own, and those of well-kept libraries when they are installed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ OPTIMIZERS = {
     "lion": ("lion_pytorch", "Lion", "lion-pytorch", {}),
 }
 FUSED = ("cpu", "cuda")  # where AdamW moves all weights in one kernel
+TRUSTING = ("AdamW", "AdamW8bit")  # their kernels write where shapes of a state say, unchecked
 
 
 def build_optimizer(
@@ -40,3 +42,23 @@ def build_optimizer(
     if name == "adamw" and all(p.device.type in FUSED for p in learning):
         extra = {"fused": True}
     return optimizer(learning, lr=learning_rate, weight_decay=weight_decay, **extra)
+
+
+def check_shapes(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where a state has tensors of other shapes than its weight needs.
+
+    A kernel that trusts them would kill the process.
+    """
+    kind: Any = type(optimizer)
+    for parameter, state in optimizer.state.items() if kind.__name__ in TRUSTING else ():
+        probe = nn.Parameter(torch.zeros_like(parameter))
+        probe.grad = torch.zeros_like(probe)
+        (fresh := kind([probe])).step()
+        wanted = shapes(fresh.state[probe])
+        if state and {key: shapes(state).get(key) for key in wanted} != wanted:
+            raise ValueError(f"an optimizer's state for another weight than {tuple(probe.shape)}")
+
+
+def shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shapes of tensors and the types of all else."""
+    return {k: v.shape if torch.is_tensor(v) else type(v) for k, v in state.items()}

@@ -33,6 +33,8 @@ IN_PLACE = (".lock", "history.jsonl", "samples")  # all else is replaced whole, 
 # what network and user-space file systems say of flock() that they do not have
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
+DEEPEST = 50  # that JSON of ours may be nested
+
 Lines = list[dict[str, Any]]  # of history.jsonl
 
 
@@ -139,7 +141,7 @@ class Run:
         found = []
         for line in path.read_bytes().splitlines() if path.is_file() else []:
             with suppress(ValueError, RecursionError):
-                found.append(json.loads(line))
+                found.append(parse(line))
         lines = [line for line in found if isinstance(line, dict)]
         return [line for line in lines if type(line.get("step", 0)) is int]
 
@@ -282,9 +284,33 @@ def is_run(root: Path, folder: Path) -> bool:
 def read_json(path: Path) -> Any:
     """Read a JSON file; None where it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def parse(text: bytes) -> Any:
+    """Read JSON.
+
+    Raises ValueError or RecursionError for what is none, or nested as nothing here is: whatever
+    looked at all of it would fail.
+    """
+    value = json.loads(text)
+    if not shallow(text, value):
+        raise ValueError(f"nested more than {DEEPEST} times")
+    return value
+
+
+def shallow(text: bytes, value: Any) -> bool:
+    """Tell whether JSON is nested no more than DEEPEST times. value: what the text says."""
+    opened = max(text.count(b"["), text.count(b"{"))
+    return opened <= DEEPEST or nested_within(value, DEEPEST)
+
+
+def nested_within(value: Any, levels: int) -> bool:
+    """Tell whether a JSON value is nested no more than so many times."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(nested_within(part, levels - 1) for part in parts)
 
 
 def list_runs(root: Path) -> list[str]:

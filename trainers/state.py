@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .artifact import UNREADABLE, atomic, unmapped
+from .artifact import UNREADABLE, atomic, check_kinds, unmapped
 from .errors import InputError, brief
 from .health import Health
 from .versions import versions
@@ -71,10 +71,13 @@ class State:
                 )
             values = {name: unpack(value, tensors) for name, value in header["values"].items()}
             done, health = Done(**values.pop("done")), Health(**values.pop("health"))
-            if type(done.index) is not int or done.index < 1:
-                raise ValueError(f"step {done.index}")
             made_with = {str(k): str(v) for k, v in header.get("versions", {}).items()}
-            return cls(done=done, health=health, versions=made_with, **values)
+            state = cls(done=done, health=health, versions=made_with, **values)
+            for record in (done, health, state):
+                check_kinds(record)
+            if done.index < 1:
+                raise ValueError(f"step {done.index}")
+            return state
         except InputError:
             raise
         except (*UNREADABLE, AttributeError, LookupError) as error:
