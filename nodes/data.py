@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import comfy.model_management
+import comfy.sd
 import comfy.utils
 import torch
 from comfy_api.latest import io
@@ -16,6 +17,7 @@ from .fit import BUCKETS, FITS, at_latent_places, fitted_to, opaque, origin_of
 from .request import SIZES, Request, check_lengths, unpack
 from .wires import CATEGORY, PersonalDataWire, at
 
+TILE = 512  # pixels of a side, as ComfyUI cuts pictures
 END = 49407  # in CLIP's vocabulary; what follows it in a chunk is padding
 
 
@@ -222,6 +224,7 @@ def prepare(
         instance_prompt=request.instance_prompt[0],
         class_prompt=request.class_prompt[0],
         encode=partial(encode_pixels, vae),
+        encoder_bytes=partial(encoder_bytes, vae),
     )
 
 
@@ -232,7 +235,20 @@ def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
     Ends instead when the stop button was pressed.
     """
     comfy.model_management.throw_exception_if_processing_interrupted()
-    return vae.encode((pixels.movedim(1, -1) + 1) / 2).clone().float().cpu()
+    with torch.inference_mode():  # as ComfyUI runs its own models
+        latents = vae.encode((pixels.movedim(1, -1) + 1) / 2)
+    return latents.clone().float().cpu()
+
+
+def encoder_bytes(vae: Any, height: int, width: int) -> int:
+    """Return the bytes of a GPU that a VAE takes to encode a picture, itself included.
+
+    Where there is no room for a large one, ComfyUI does it in tiles; so much is needed.
+    """
+    if not isinstance(vae, comfy.sd.VAE) or vae.device.type == "cpu":
+        return 0
+    tile = 1, 3, min(height, TILE), min(width, TILE)
+    return vae.patcher.model_size() + int(vae.memory_used_encode(tile, vae.vae_dtype))
 
 
 def encode_text(clip: Any, text: str) -> Wording:
@@ -241,7 +257,8 @@ def encode_text(clip: Any, text: str) -> Wording:
     Brackets are only brackets. P is 0 for a text encoder that has no pooled text.
     """
     tokens = clip.tokenize(text, disable_weights=True)
-    states, told = clip.encode_from_tokens_scheduled(tokens)[0]
+    with torch.inference_mode():  # as ComfyUI runs its own models
+        states, told = clip.encode_from_tokens_scheduled(tokens)[0]
     pooled = told.get("pooled_output")
     pooled = NO_POOLED if pooled is None else pooled[0]
     context = states[0].clone().float().cpu()

@@ -11,7 +11,7 @@ from comfy.sdxl_clip import SDXLTokenizer
 from comfy.text_encoders.sd2_clip import SD2Tokenizer
 
 from personalize.demo.base_model import TEXT_CONFIG, TinyVAE
-from personalize.nodes.data import Dataset, encode_text, words_in
+from personalize.nodes.data import Dataset, encode_pixels, encode_text, encoder_bytes, words_in
 from personalize.nodes.demo import build_clip
 from personalize.nodes.fit import fitted, opaque
 from personalize.nodes.request import unpack
@@ -47,6 +47,28 @@ def vae():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return comfy.sd.VAE(sd=TinyVAE().state_dict())
+
+
+def test_comfyui_runs_its_own_models_as_ever_and_what_they_say_can_train(vae):
+    seen: list[bool] = []
+    modules = (*vae.first_stage_model.modules(), *clip().cond_stage_model.modules())
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
+        for module in modules
+    ]
+    latents, said = encode_pixels(vae, torch.zeros(1, 3, SIDE, SIDE)), encode_text(clip(), "a zib")
+    for hook in hooks:
+        hook.remove()
+    assert seen and all(seen)
+    assert not any(told.is_inference() for told in (latents, said.context, said.pooled))
+
+
+def test_a_vae_on_a_gpu_takes_room_and_for_large_pictures_that_of_a_tile(vae, monkeypatch):
+    assert encoder_bytes(vae, 64, 64) == 0  # the CPU's is not ComfyUI's to count
+    monkeypatch.setattr(vae, "device", torch.device("cuda"))
+    small, whole, large = (encoder_bytes(vae, side, side) for side in (256, 512, 1024))
+    assert vae.patcher.model_size() < small < whole == large
+    assert encoder_bytes(object(), 64, 64) == 0
 
 
 def pictures(count: int = 3, height: int = SIDE, width: int = SIDE, seed: int = 0):

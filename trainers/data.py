@@ -85,7 +85,8 @@ class PersonalData:
     or of another size): pixels (N, 3, H, W) in [-1, 1] to latents (N, C, h, w) on the CPU, in the
     scale of the examples' own. `subjects` are the instance prompts of several subjects; that of
     one need not be told. They may `take_turns`: then a batch shows one of them, and each has as
-    many batches as the others.
+    many batches as the others. `encoder_bytes` are those that `encode` takes on a GPU for a picture
+    of a height and width, its VAE among them.
     """
 
     training: tuple[Example, ...]
@@ -97,6 +98,7 @@ class PersonalData:
     encode: Callable[[Tensor], Tensor]
     subjects: tuple[str, ...] = ()
     take_turns: bool = False
+    encoder_bytes: Callable[[int, int], int] = lambda height, width: 0
 
     def unsaid(self, example: Example) -> Example:
         """Return an example with the empty caption."""

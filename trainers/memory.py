@@ -5,10 +5,12 @@ the size of SD 1.5 takes a second and no memory. Tensors are counted; what a GPU
 for themselves (some 0.5 GiB) comes on top.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,14 +23,23 @@ from torch.utils._pytree import tree_leaves
 
 from .data import Batch, PersonalData
 from .denoiser import Denoiser
-from .eight_bits import eight_bit_layers
+from .eight_bits import (
+    InsteadOfEightBits,
+    eight_bit_layers,
+    installed,
+    takes_eight_bits,
+    wide_layers,
+)
+from .errors import InputError
 from .loop import Learner, draw_objectives
 from .method import Method, Objective
+from .methods.apt import APT
 from .methods.dreambooth import DreamBooth
 from .methods.lora import LoRA, LoRASettings
 from .settings import MOST_BATCHES, Settings
 
-LOOKED_AT = 8  # steps that are drawn to find every kind: sizes of pictures, ways to move
+LOOKED_AT = 64  # first steps that are drawn to find every kind of batch
+LATE = 8  # last ones, which may be of another kind
 REHEARSED = 2  # batches of a step that are gone through; each leaves behind what the first two do
 aten = torch.ops.aten
 
@@ -49,7 +60,8 @@ def needed(
     settings = method.settings
     parts = settings.gradient_accumulation
     settings = replace(settings, gradient_accumulation=min(parts, REHEARSED))
-    if settings.optimizer == "adamw-8bit":  # has no step without numbers; this needs more
+    in_bytes = settings.optimizer == "adamw-8bit"  # which has no step without numbers
+    if in_bytes:
         settings = replace(settings, optimizer="adamw")
     method = type(method)(settings)
     with Rehearsal(heed) as rehearsal:
@@ -62,9 +74,11 @@ def needed(
         for number in (1, 2):  # the optimiser has its state from the second on
             for objectives in steps:
                 learner.advance(number, objectives, settings.learning_rate)
+        between = rehearsal.live + (encoder_bytes(data, halved) if encodes(method) else 0)
     largest = max(size_of(objective.batch) for step in steps for objective in step)
-    waiting = max(0, parts - REHEARSED) * largest  # all batches of a step are drawn before it
-    return rehearsal.peak + waiting - spared(denoiser)
+    waiting = (parts - 1) * largest  # all batches of a step are drawn before it
+    smaller = spared_by(learner.optimizer) if in_bytes else 0
+    return max(rehearsal.peak, between) + waiting - spared(denoiser) - smaller
 
 
 def remedies(
@@ -86,6 +100,12 @@ def remedies(
     if denoiser.dtype is torch.float32:
         small = without_numbers(denoiser, torch.bfloat16)
         found["'precision' bf16"] = peak(method, small)
+    if takes_eight_bits(settings) and installed() and not eight_bit_layers(denoiser.unet):
+        with suppress(InputError):  # where the base's own weights learn
+            found["'precision' int8"] = peak(method, in_eight_bits(denoiser))
+    if settings.optimizer == "adamw" and installed():
+        light = type(method)(replace(settings, optimizer="adamw-8bit"))
+        found["'optimizer' adamw-8bit"] = peak(light, denoiser)
     parts = settings.gradient_accumulation * settings.batch_size
     if settings.batch_size > 1 and parts <= MOST_BATCHES:
         single = type(method)(replace(settings, batch_size=1, gradient_accumulation=parts))
@@ -98,13 +118,35 @@ def remedies(
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What the memory that a batch needs depends on."""
+
+    ways: tuple[bool, ...]  # how it is learned from
+    pictures: int  # numbers
+    texts: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Kind":
+        """Return the kind of a batch."""
+        ways = tuple(value for value in vars(batch).values() if isinstance(value, bool))
+        return cls(ways, batch.latents.numel(), batch.context.numel())
+
+    def exceeds(self, other: "Kind") -> bool:
+        """Tell whether a batch of this kind needs more than one of the other."""
+        larger = self.pictures >= other.pictures and self.texts >= other.texts
+        return self != other and self.ways == other.ways and larger
+
+
 def kinds_of_step(method: Method, denoiser: Denoiser, data: PersonalData) -> list[list[Objective]]:
-    """Draw the first steps of a run; return those that differ in kind or in size."""
-    kinds = {}
-    for index in range(min(LOOKED_AT, method.settings.steps)):
-        objectives = list(draw_objectives(method, denoiser, data, index))
-        kinds.setdefault(tuple(o.batch.latents.shape for o in objectives), objectives)
-    return list(kinds.values())
+    """Draw steps of a run; return one of each kind of batch that no other exceeds."""
+    found: dict[Kind, Objective] = {}
+    steps = range(method.settings.steps)
+    for index in sorted({*steps[:LOOKED_AT], *steps[-LATE:]}):
+        for objective in draw_objectives(method, denoiser, data, index):
+            found.setdefault(Kind.of(objective.batch), objective)
+    largest = [o for kind, o in found.items() if not any(other.exceeds(kind) for other in found)]
+    return [[objective] * method.settings.gradient_accumulation for objective in largest]
 
 
 def size_of(batch: Batch) -> int:
@@ -116,6 +158,17 @@ def half_size(batch: Batch) -> Batch:
     """Return a batch with pictures of half the side."""
     pictures = {name: x for name, x in vars(batch).items() if torch.is_tensor(x) and x.ndim == 4}
     return replace(batch, **{name: x[..., ::2, ::2] for name, x in pictures.items()})
+
+
+def encodes(method: Method) -> bool:
+    """Tell whether a method encodes pictures in any of its steps."""
+    return isinstance(method, APT) and method.draws_views
+
+
+def encoder_bytes(data: PersonalData, halved: bool) -> int:
+    """Return what encoding one picture takes at most."""
+    sizes = [example.pixels.shape[1:] for example in data.training]
+    return max(data.encoder_bytes(*(side // (1 + halved) for side in size)) for size in sizes)
 
 
 def without_numbers(denoiser: Denoiser, dtype: torch.dtype | None = None) -> Denoiser:
@@ -143,23 +196,33 @@ def forget(denoiser: Denoiser) -> None:
     denoiser.to("meta")
 
 
-class InsteadOfEightBits(nn.Linear):
-    """A layer without numbers, in the network's precision, for one in 8 bits."""
-
-
 def in_one_precision(denoiser: Denoiser) -> None:
     """Put layers without numbers in the place of those in 8 bits."""
     for name, layer in eight_bit_layers(denoiser.unet).items():
-        shape = layer.in_features, layer.out_features, layer.bias is not None
-        plain = InsteadOfEightBits(*shape, device="meta", dtype=denoiser.dtype)
-        denoiser.unet.set_submodule(name, plain.requires_grad_(False))
+        denoiser.unet.set_submodule(name, InsteadOfEightBits(layer, denoiser.dtype))
+
+
+def in_eight_bits(denoiser: Denoiser) -> Denoiser:
+    """Return a denoiser without numbers for one in bf16 with wide layers in 8 bits."""
+    twin = without_numbers(denoiser, torch.bfloat16)
+    for name, layer in wide_layers(twin.unet):
+        twin.unet.set_submodule(name, InsteadOfEightBits(layer, twin.dtype))
+    return twin
 
 
 def spared(denoiser: Denoiser) -> int:
     """Return the bytes by which weights in 8 bits are smaller than in the network's precision."""
-    modules = [m for m in denoiser.unet.modules() if isinstance(m, InsteadOfEightBits)]
-    weights = [m.weight for m in (*modules, *eight_bit_layers(denoiser.unet).values())]
+    weights = [layer.weight for layer in eight_bit_layers(denoiser.unet).values()]
     return sum((denoiser.dtype.itemsize - 1) * w.numel() - 4 * len(w) for w in weights)
+
+
+def spared_by(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes by which AdamW's moments are smaller in 8 bits.
+
+    bitsandbytes keeps so those of tensors of 4096 numbers or more, with a scale for every 256.
+    """
+    moments = [m for s in optimizer.state.values() for m in s.values() if m.numel() >= 4096]
+    return sum(3 * m.numel() - 4 * math.ceil(m.numel() / 256) for m in moments)
 
 
 class Blank:

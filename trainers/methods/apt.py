@@ -237,6 +237,11 @@ class APT(BNN):
         s = self.settings
         return s.adaptive or s.stabilize or s.align
 
+    @property
+    def draws_views(self) -> bool:
+        """Whether pictures are augmented, and encoded, while training."""
+        return self.settings.adaptive and self.settings.p_max > 0
+
     def adapt(self, unet: nn.Module) -> None:
         s = self.settings
         if s.sigma > 0 and s.over == "lora" and s.init == "kaiming":
