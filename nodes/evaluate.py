@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import comfy.model_management
@@ -80,7 +80,7 @@ class Evaluator:
         """Go on from what the history tells; the best checkpoint is the best of these again."""
         self.evaluations = list(filter(None, map(evaluation_of, lines)))
         energy = lines[0].get("sample_energy") if lines else None
-        self.energy_of_base = energy if is_number(energy) and energy > 0 else None
+        self.energy_of_base = energy if is_number(energy) else None
         self.settle()
         if self.settled and f"step {self.settled[0]}" in self.run.checkpoints():
             self.run.make_best(self.settled[0])
@@ -123,12 +123,14 @@ class Evaluator:
         """Take the base as the run's step 0."""
         evaluation = self.examination.of_base()
         self.evaluations.append(evaluation)
+        sampled = self._sampled(0, self.model)
+        self.energy_of_base = sampled["sample_energy"]
         bins = {
             f"{name}_bins_of_base": getattr(evaluation, f"{name}_bins")
             for name in ("train", "held_out", "prior")
         }
         rules = {f.name: getattr(self.monitoring.settings, f.name) for f in fields(Rules)}
-        return self._line(evaluation, self._sampled(0, self.model)) | bins | {"rules": rules}
+        return self._line(sampled) | bins | {"rules": rules}
 
     def evaluate(self, step: Step, last: bool) -> Line:
         """Measure a step, keep its checkpoint if it is good, sample when it is time.
@@ -136,22 +138,25 @@ class Evaluator:
         last: no other evaluation comes after it.
         """
         with step.kept(), interruptible(self.denoiser):
-            evaluation = self.examination.evaluate(self.denoiser, step.index)
-        self.evaluations.append(evaluation)
+            self.evaluations.append(self.examination.evaluate(self.denoiser, step.index))
         self._keep(step)
         turn = (len(self.evaluations) - 1) % self.monitoring.settings.sample_every == 0
         sampled = self._of_samples(step) if turn or last or self.done else NO_SAMPLES
-        return self._line(evaluation, sampled)
+        return self._line(sampled)
 
     def restored(self, learned: Personalization) -> Personalization:
         """Return the best checkpoint, or what is given where that is best or wanted."""
         wanted = self.monitoring.settings.restore_best and BEST in self.run.checkpoints()
         return self.run.load(BEST) if wanted and self.best != learned.header.step else learned
 
-    def _line(self, evaluation: Evaluation, sampled: Line) -> Line:
-        rules = self.monitoring.settings
+    def _line(self, sampled: Line) -> Line:
+        """Return what there is to tell of the newest evaluation, and of its samples."""
+        rules, energy = self.monitoring.settings, sampled["sample_energy"]
+        if energy is not None and self.energy_of_base:
+            grain = energy / self.energy_of_base
+            self.evaluations[-1] = replace(self.evaluations[-1], grain=grain)
         return {
-            **evaluation.as_line(),
+            **self.evaluations[-1].as_line(),
             "total_steps": self.settings.steps,
             **sampled,
             "best_step": self.best,
@@ -216,26 +221,16 @@ class Evaluator:
             image.save(self.run.folder / names[-1])
             self.newest = image if number == 0 else self.newest
         channels_first = [group.movedim(-1, 1) for group in groups]
-        energy = float(high_frequency_energy(torch.cat(channels_first)).mean())
-        if step == 0:
-            self.energy_of_base = energy
         pictures = [view.pixels for example in self.data.training for view in example.views]
         return {
             "samples": names,
             "nearest": nearest(torch.cat(channels_first), pictures),
             "diversity": diversity(channels_first),
-            "sample_energy": energy,
-            "grain": energy / self.energy_of_base if self.energy_of_base else None,
+            "sample_energy": float(high_frequency_energy(torch.cat(channels_first)).mean()),
         }
 
 
-NO_SAMPLES: Line = {
-    "samples": [],
-    "nearest": None,
-    "diversity": None,
-    "sample_energy": None,
-    "grain": None,
-}
+NO_SAMPLES: Line = {"samples": [], "nearest": None, "diversity": None, "sample_energy": None}
 
 
 def learned_by(step: Step, header: Header) -> Personalization:

@@ -1,6 +1,7 @@
 """What a run's evaluations mean: pure decisions about curves."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -157,6 +158,17 @@ def test_the_corruption_stage_is_a_hump():
     assert corruption_stage(run) == (2, 1.3)
     assert verdict(run, Rules()).endswith("pictures up to 30 % grainier, at step 2, less later")
     assert corruption_stage(u_shape()) is None
+
+
+def test_the_grain_of_samples_tells_more_than_that_of_predictions():
+    """They are fewer: not every evaluation samples."""
+    run = grainy(*[1.0] * 13)
+    hump = dict(zip(range(0, 13, 2), [1.0, 1.05, 1.3, 1.2, 1.1, 1.05, 1.02], strict=True))
+    sampled = [replace(e, grain=hump.get(e.step)) for e in run]
+    assert corruption_stage(run) is None and corruption_stage(sampled) == (4, 1.3)
+    assert state(sampled[:4], Rules()) == "learning"
+    rising = [replace(e, grain=1 + e.step / 20, corruption=0.9) for e in run]
+    assert state(rising, Rules()) == "corrupting"
 
 
 @pytest.mark.parametrize(

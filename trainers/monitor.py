@@ -57,6 +57,7 @@ class Evaluation:
     prior: float | None = None
     prior_of_base: float | None = None
     prior_bins: tuple[float, ...] | None = None
+    grain: float | None = None  # of samples, over that of the base's: 1 as there
 
     @property
     def gap(self) -> float | None:

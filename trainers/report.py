@@ -15,7 +15,16 @@ from PIL import Image, ImageDraw, ImageFont
 from .errors import InputError
 from .monitor import BINS, Evaluation, is_number
 from .run import ENDS, FINISHED
-from .verdict import Rules, best_step, corruption_stage, curve, over_fitting_since, verdict, watched
+from .verdict import (
+    Rules,
+    best_step,
+    corruption_stage,
+    curve,
+    graininess,
+    over_fitting_since,
+    verdict,
+    watched,
+)
 
 Point = tuple[float, float]
 WIDTH, HEIGHT, SCALE = 1200, 900, 2  # pixels; drawn so many times larger
@@ -159,9 +168,9 @@ def plot_losses(history: History, axes: "Axes") -> None:
 
 
 def plot_change(history: History, axes: "Axes") -> None:
-    """Draw prior drift and corruption as percentages against the base."""
+    """Draw prior drift and grain as percentages against the base."""
     drift = [(x, 100 * y) for x, y in curve(history.evaluations, "prior_drift")]
-    grain = [(x, 100 * (y - 1)) for x, y in curve(history.evaluations, "corruption")]
+    grain = [(x, 100 * (y - 1)) for x, y in graininess(history.evaluations)]
     axes.scale([0.0, *(y for _, y in drift + grain)], ticks=5)
     axes.frame("change from base (%)", zero=True)
     axes.curve(grain, PURPLE)

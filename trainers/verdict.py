@@ -20,8 +20,8 @@ RISEN = 3  # evaluations in a row that must have risen so
 FLAT = 0.15  # of the variance of all losses: DVAR's threshold
 WINDOW = 5  # losses that DVAR looks at
 FALLS = 0.05  # share of the whole fall that the last quarter of a curve brings if it still falls
-GRAINY = 1.1  # corruption index that is worth a word
-FALLEN = 0.25  # of a peak of the corruption index that is gone again after the corruption stage
+GRAINY = 1.1  # grain over the base's that is worth a word
+FALLEN = 0.25  # of a peak of the grain that is gone again after the corruption stage
 
 # In a word, where a run is
 LEARNING, OVER_FITTING, PLATEAU = "learning", "over-fitting", "plateau"
@@ -163,12 +163,17 @@ def stopped_at(evaluations: Evaluations, rules: Rules) -> int | None:
     return None
 
 
+def graininess(evaluations: Evaluations) -> Curve:
+    """Return the grain over the base's: of samples where there are any, else of predictions."""
+    return curve(evaluations, "grain") or curve(evaluations, "corruption")
+
+
 def corruption_stage(evaluations: Evaluations) -> tuple[int, float] | None:
-    """Return step and index of the hump of graininess: more than before, and than after; or None.
+    """Return step and height of the hump of graininess: more than before, and than after; or None.
 
     A quarter of what was above the base must be gone again in all of the last RISEN evaluations.
     """
-    grain = curve(evaluations, "corruption")
+    grain = graininess(evaluations)
     step, top = max(grain, key=lambda point: point[1], default=(0, 1.0))
     if top < GRAINY:
         return None
@@ -191,7 +196,7 @@ def state(evaluations: Evaluations, rules: Rules) -> str:
 
 def _corrupts(evaluations: Evaluations) -> bool:
     """Tell whether the pictures are grainy now, and were not so a little before."""
-    grain = [value for _, value in curve(evaluations, "corruption")]
+    grain = [value for _, value in graininess(evaluations)]
     return len(grain) > RISEN and grain[-1] >= GRAINY and grain[-1] > max(grain[-1 - RISEN : -1])
 
 
@@ -241,7 +246,7 @@ def _of_grain(evaluations: Evaluations) -> str:
     if hump is not None:
         step, top = hump
         return f"pictures up to {100 * (top - 1):.0f} % grainier, at step {step}, less later"
-    grain = curve(evaluations, "corruption")
+    grain = graininess(evaluations)
     if grain and grain[-1][1] >= GRAINY:
         return f"pictures {100 * (grain[-1][1] - 1):.0f} % grainier than the base's"
     return ""
