@@ -296,7 +296,7 @@ export class View {
         const sampled = history.sampled(history.evaluations.indexOf(line))
         const older = sampled === line ? null : sampled?.step
         write(this.#parts.readSamples, [
-            ["", "sampled at step", older, (step) => step.toLocaleString("en")],
+            ["", "at step", older, (step) => step.toLocaleString("en")],
             ["", "likeness", sampled?.nearest, two],
             ["", "diversity", sampled?.diversity, two],
             ["", "grain", sampled?.grain, two],
