@@ -30,6 +30,7 @@ const TIPS = {
     "prior drift": "How much worse the class is known than by the base.",
     corruption: "Grain left in nearly clean training pictures, over what the base leaves: 1 is as it.",
     grain: "Of the samples, over that of the base's: a hump is the stage of corrupted pictures.",
+    at: "The step that these samples are of.",
     likeness: "Of the samples to the training picture most like each: near 1 they are copies.",
     diversity: "How much the samples of one prompt differ: near 0 they are all the same.",
 }
@@ -296,7 +297,7 @@ export class View {
         const sampled = history.sampled(history.evaluations.indexOf(line))
         const older = sampled === line ? null : sampled?.step
         write(this.#parts.readSamples, [
-            ["", "at step", older, (step) => step.toLocaleString("en")],
+            ["", "at", older, (step) => step.toLocaleString("en")],
             ["", "likeness", sampled?.nearest, two],
             ["", "diversity", sampled?.diversity, two],
             ["", "grain", sampled?.grain, two],
