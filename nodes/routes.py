@@ -4,12 +4,15 @@ Run names come from outside: each is checked, and nothing outside its folder is 
 followed. Wishes from other sites are refused, as ComfyUI's own middleware does since 0.19.
 """
 
+import functools
 import json
 import math
+import os
 import re
+import stat
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, BinaryIO
+from io import FileIO
+from typing import Any
 
 from aiohttp import web
 from comfy.cli_args import args
@@ -23,10 +26,13 @@ from .load import runs_root
 
 AT_ONCE = 1 << 20  # bytes of history in one answer
 LONGEST = 1000  # bytes of a wish
+SHORT = 4000  # bytes of a line that is remembered: a step, measured or not
 SAMPLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.png")
 HUGE = re.compile(rb"[eE]\+?\d{3}|\d{300}")  # may be a number that floats can not hold
 HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 
+# of twenty who watch, all ask for the same: reading and parsing were most of an answer's time
+remembered = functools.lru_cache(maxsize=2048)
 routes = web.RouteTableDef()
 
 
@@ -47,9 +53,10 @@ async def read_history(request: web.Request) -> web.Response:
     start = _number(request.query.get("from", "0"))
     # asked before reading: what ends in between is seen as ended only with its last line
     running = _goes_on(run.name)
-    lines, end = _read_lines(_own(run, "history.jsonl"), start)
-    answer = {"lines": lines, "next": end, "running": running, **_facts(run)}
-    return web.json_response(answer, headers=HEADERS)
+    lines, end = _read_lines(run, start)
+    facts = json.dumps({"next": end, "running": running, **_facts(run)})
+    text = f'{{"lines": [{", ".join(lines)}], {facts[1:]}'
+    return web.Response(text=text, content_type="application/json", headers=HEADERS)
 
 
 @routes.get("/personalize/runs/{run}/samples/{file}")
@@ -96,12 +103,18 @@ def _run(request: web.Request) -> Run:
         raise _problem(web.HTTPNotFound, "There is no such run.") from None
 
 
-def _own(run: Run, file: str) -> Path:
-    """Return a file of a run, which may be a link only to what is inside the run's folder."""
+def _look_at(run: Run, file: str) -> os.stat_result | None:
+    """Return size and time of a run's file, None where there is none. Links may not lead out."""
     path = run.folder / file
-    if path.is_symlink() and not inside(run.folder, path):
-        raise _problem(web.HTTPNotFound, "That file lies outside the run.")
-    return path
+    try:
+        found = path.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            if not inside(run.folder, path):
+                raise _problem(web.HTTPNotFound, "That file lies outside the run.")
+            found = path.stat()
+    except OSError:
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
 
 
 def _control(request: web.Request) -> control.Control:
@@ -119,39 +132,69 @@ def _goes_on(run: str) -> bool:
 
 def _facts(run: Run) -> dict[str, Any]:
     """Return what the page says of a run besides its history."""
-    file, _ = _own(run, "run.json"), _own(run, "pinned.json")
+    changed, pinned = _changed(run, "run.json"), _changed(run, "pinned.json")
+    title, steps = _of_training(run, changed)
+    return {
+        "title": title,
+        "total_steps": steps,
+        "created": str(changed or ""),
+        "pinned": _pinned(run, pinned),
+    }
+
+
+def _changed(run: Run, file: str) -> int:
+    """Return when a run's file was written, in ns; 0 where there is none."""
+    found = _look_at(run, file)
+    return found.st_mtime_ns if found else 0
+
+
+@remembered
+def _of_training(run: Run, _: int) -> tuple[str, int | None]:
+    """Return the title of a run's method and the steps it was asked for."""
     header = run.facts()
     settings = header.get("settings")
     steps = settings.get("steps") if isinstance(settings, dict) else None
     method = METHODS.get(str(header.get("method")))
-    return {
-        "title": method.title if method else "",
-        "total_steps": steps if type(steps) is int else None,
-        "created": str(file.stat().st_mtime_ns) if header else "",
-        "pinned": run.pinned(),
-    }
+    return method.title if method else "", steps if type(steps) is int else None
 
 
-def _read_lines(path: Path, start: int) -> tuple[list[dict], int]:
-    """Return the whole lines from byte `start` on, and the byte behind them."""
-    if not path.is_file():
+@remembered
+def _pinned(run: Run, _: int) -> list[int]:
+    return run.pinned()
+
+
+def _read_lines(run: Run, start: int) -> tuple[list[str], int]:
+    """Return the whole lines of the history from byte `start` on, as JSON, and the byte behind."""
+    found = _look_at(run, "history.jsonl")
+    if found is None or found.st_size <= start:
         return [], start
-    with open(path, "rb") as file:
+    with open(run.folder / "history.jsonl", "rb", buffering=0) as file:
         file.seek(start)
         data = file.read(AT_ONCE)
         if len(data) == AT_ONCE and b"\n" not in data:
             return [], _behind_line(file, start)
     data = data[: data.rfind(b"\n") + 1]  # the last line may be half written
-    lines = [_parse(line) for line in data.splitlines()]
-    return [line for line in lines if isinstance(line, dict)], start + len(data)
+    lines = [_strict(line) for line in data.splitlines()]
+    return [line for line in lines if line], start + len(data)
 
 
-def _behind_line(file: BinaryIO, start: int) -> int:
+def _behind_line(file: FileIO, start: int) -> int:
     """Return the byte behind a line that is too long for an answer; `start` while it is half."""
     while part := file.read(AT_ONCE):
         if (place := part.find(b"\n")) >= 0:
             return file.tell() - len(part) + place + 1
     return start
+
+
+def _strict(line: bytes) -> str:
+    """Return a line as JSON that pages can read; "" for what is no object."""
+    return _dump(line) if len(line) <= SHORT else _dump.__wrapped__(line)
+
+
+@remembered
+def _dump(line: bytes) -> str:
+    found = _parse(line)
+    return json.dumps(found) if isinstance(found, dict) else ""
 
 
 def _parse(text: bytes) -> Any:

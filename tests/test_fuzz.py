@@ -245,7 +245,8 @@ def look_everywhere(run: Run) -> str:
     assert len(found.why) <= 1000 and found.why.isprintable()
     if found.claim is not None:
         found.claim.release()
-    answer = {"lines": routes._read_lines(run.folder / "history.jsonl", 0)[0], **routes._facts(run)}
+    lines, _ = routes._read_lines(run, 0)
+    answer = {"lines": [json.loads(line) for line in lines], **routes._facts(run)}
     json.dumps(answer, allow_nan=False)
     try:
         image, verdict, best, metrics = report.Report.execute(run.name).args

@@ -330,16 +330,17 @@ def test_a_step_that_is_not_kept_can_not_be_pinned(wish):
 # Without a server
 
 
-def all_lines(path: Path) -> tuple[list[dict], int]:
+def all_lines(folder: Path) -> tuple[list[dict], int]:
     """Read on as the page does, until there is nothing new."""
     from personalize.nodes import routes
+    from personalize.trainers.run import Run
 
     found, start = [], 0
     while True:
-        lines, end = routes._read_lines(path, start)
+        lines, end = routes._read_lines(Run(folder), start)
         if end == start:
             return found, end
-        found, start = found + lines, end
+        found, start = found + [json.loads(line) for line in lines], end
 
 
 @pytest.mark.parametrize("size", [90, 99, 100, 101, 350])
@@ -351,11 +352,11 @@ def test_a_line_longer_than_an_answer_is_passed_over(tmp_path, monkeypatch, size
     start = '{"step": 2, "text": "'
     long = start + "x" * (size - len(start) - 2) + '"}'
     path.write_text(f'{{"step": 1}}\n{long}\n{{"step": 3}}\n')
-    steps, end = all_lines(path)
+    steps, end = all_lines(tmp_path)
     assert [line["step"] for line in steps] == ([1, 2, 3] if size < 100 else [1, 3])
     assert end == path.stat().st_size
     path.write_text(f'{{"step": 1}}\n{long}')  # half written
-    assert all_lines(path) == ([{"step": 1}], 12)
+    assert all_lines(tmp_path) == ([{"step": 1}], 12)
 
 
 @pytest.mark.parametrize("file", ["run.json", "pinned.json"])

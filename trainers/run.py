@@ -82,12 +82,13 @@ class Run:
     @classmethod
     def open(cls, root: Path, name: str) -> "Run":
         """Find a run by name. Raises InputError when there is none, or the name leaves `root`."""
-        if not NAME.fullmatch(name) or not inside(root, root / name) or not (root / name).is_dir():
+        folder = root / name
+        if not NAME.fullmatch(name) or not folder.is_dir() or leads_out(root, folder):
             there = ", ".join(list_runs(root)[:10]) or "none yet: train one first"
             raise InputError(
                 "run", f"is '{brief(name)}', but no such run exists. There are: {there}."
             )
-        return cls(root / name)
+        return cls(folder)
 
     @property
     def name(self) -> str:
@@ -271,6 +272,11 @@ def numbers_of(name: str, folders: Iterable[str]) -> set[int]:
 def inside(root: Path, folder: Path) -> bool:
     """Tell whether a folder is below `root`, links followed."""
     return Path(os.path.realpath(root)) in Path(os.path.realpath(folder)).parents
+
+
+def leads_out(root: Path, folder: Path) -> bool:
+    """Tell whether a folder right below `root` is a link to what is not below it."""
+    return folder.is_symlink() and not inside(root, folder)
 
 
 def is_run(root: Path, folder: Path) -> bool:
