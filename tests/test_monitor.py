@@ -236,6 +236,9 @@ def test_a_line_of_the_history_gives_the_evaluation_back():
     assert Evaluation.from_line(line) == tuned
     with pytest.raises((KeyError, TypeError)):
         Evaluation.from_line({"step": 3, "loss": 0.1})
+    for lie in ({"gamma": None}, {"train_bins": None}, {"train_of_base": 0}, {"prior_of_base": 0}):
+        with pytest.raises(TypeError):
+            Evaluation.from_line({**line, **lie})
 
 
 def test_asking_leaves_network_and_generators_alone():

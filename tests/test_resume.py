@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,6 +198,23 @@ def test_a_state_with_numbers_for_other_weights_is_refused_and_kills_nothing(sta
 
     told = told_by_child(go_on)
     assert told.startswith("InputError: 'name' has a state that does not fit (an optimizer's state")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eps", "a word"),
+        ("betas", (0.9,)),
+        ("betas", 0.9),
+        ("lr", math.nan),
+        ("weight_decay", 1e39),
+    ],
+)
+def test_a_state_whose_optimizer_has_strange_numbers_is_refused(state, name, value):
+    lying = State.load(state)
+    lying.optimizer["param_groups"][0][name] = value
+    with pytest.raises(InputError, match=f"has a state that does not fit .{name} .* was expected"):
+        next(steps_of(METHODS["lora"], lying, ema_decay=0.5))
 
 
 def test_a_state_of_the_first_version_is_gone_on_from():

@@ -18,7 +18,7 @@ from .edits import Edit
 from .errors import InputError, brief
 from .health import Health
 from .method import Draws, Method, Objective, generator
-from .optimizers import build_optimizer, check_shapes
+from .optimizers import alike, build_optimizer, check_shapes
 from .settings import Settings
 from .state import Done, State, copied, finite
 from .time_aware import TimeAware
@@ -189,15 +189,16 @@ class Learner:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take over an optimiser's state, but for what this version and its settings switch.
 
-    Raises ValueError when it is that of other weights.
+    Raises LookupError, TypeError or ValueError when it is that of other weights, or damaged.
     """
-    switched = [
-        {name: value for name, value in group.items() if value is None or isinstance(value, bool)}
-        for group in optimizer.param_groups
-    ]
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, switches in zip(optimizer.param_groups, switched, strict=True):
-        group |= switches
+    for group, before in zip(optimizer.param_groups, own, strict=True):
+        for name, value in before.items():
+            if value is None or isinstance(value, bool):
+                group[name] = value
+            elif not alike(group[name], value):
+                raise ValueError(f"{name} {group[name]!r:.40} where {value!r:.40} was expected")
     check_shapes(optimizer)
 
 

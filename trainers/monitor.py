@@ -88,17 +88,19 @@ class Evaluation:
         known: dict[str, Any] = {}
         for field, value in ((f, line[f.name]) for f in fields(cls) if f.name in line):
             name = field.name
-            if name.endswith(BINNED) and value is not None:
+            binned, required = name.endswith(BINNED), field.default is MISSING
+            if binned and (required or value is not None):
                 value = tuple(map(read_number, value))
-            elif field.default is MISSING:
+            elif required:
                 value = read_number(value)
             numbers = value if isinstance(value, tuple) else [value]
             known[name] = value
             if not all(map(is_number, (n for n in numbers if n is not None))):
                 raise TypeError(f"{name} is {value!r:.80}")
         evaluation = cls(**known)
-        if type(evaluation.step) is not int or not evaluation.train_of_base:
-            raise TypeError(f"step {evaluation.step!r:.80}, base {evaluation.train_of_base!r:.80}")
+        bases = evaluation.train_of_base, evaluation.held_out_of_base, evaluation.prior_of_base
+        if type(evaluation.step) is not int or 0 in bases:
+            raise TypeError(f"step {evaluation.step!r:.80}, losses of the base {bases!r:.80}")
         return evaluation
 
 

@@ -19,6 +19,7 @@ OPTIMIZERS = {
     "lion": ("lion_pytorch", "Lion", "lion-pytorch", {}),
 }
 FUSED = ("cpu", "cuda")  # where AdamW moves all weights in one kernel
+LARGEST = 1e38  # number that fp32 holds
 TRUSTING = ("AdamW", "AdamW8bit")  # their kernels write where shapes of a state say, unchecked
 
 
@@ -62,3 +63,13 @@ def check_shapes(optimizer: torch.optim.Optimizer) -> None:
 def shapes(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the shapes of tensors and the types of all else."""
     return {k: v.shape if torch.is_tensor(v) else type(v) for k, v in state.items()}
+
+
+def alike(value: Any, known: Any) -> bool:
+    """Tell whether a value may stand where a known one does: finite numbers, lists of as many."""
+    if isinstance(known, (list, tuple)):
+        same = type(value) is type(known) and len(value) == len(known)
+        return same and all(map(alike, value, known))
+    if type(known) in (int, float):
+        return type(value) in (int, float) and (abs(value) < LARGEST or value == known)
+    return type(value) is type(known)
