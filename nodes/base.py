@@ -1,18 +1,32 @@
 """What a training session trains: a base, and personal data as that takes it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from comfy.model_patcher import ModelPatcher
+from torch import Tensor
 
+from ..trainers.artifact import Personalization
 from ..trainers.data import Example, PersonalData
 from ..trainers.denoiser import Denoiser, described_schedule
 from ..trainers.errors import InputError
 from .bridge import denoiser_of, fingerprint, schedule
+from .load import personalize
+from .monitor import Monitoring
+
+Sampler = Callable[[Personalization | None], list[Tensor]]
+"""Draws what a base would with what was learned (None: nothing), as a user would get it.
+
+Returns the pictures of every prompt, (count, H, W, 3) in [0, 1] each.
+"""
 
 
 class Base(Protocol):
     """A MODEL, or an unconditional base."""
+
+    # whether it draws what it is told; if not, it draws one kind of pictures, that of its training
+    prompted: ClassVar[bool]
 
     def denoiser(self, precision: str) -> Denoiser:
         """Return a network of its own, on the CPU."""
@@ -26,12 +40,20 @@ class Base(Protocol):
         """Describe the base, for the file."""
         ...
 
+    def sampler(self, monitoring: Monitoring, shape: tuple[int, ...]) -> Sampler | None:
+        """Return what draws samples as a monitor wishes; None where it wishes none.
+
+        shape: of a latent, (C, h, w).
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class ModelBase:
     """A ComfyUI MODEL as a base."""
 
     model: ModelPatcher
+    prompted: ClassVar[bool] = True
 
     def denoiser(self, precision: str) -> Denoiser:
         return denoiser_of(self.model, precision)
@@ -41,6 +63,16 @@ class ModelBase:
 
     def fingerprint(self) -> dict[str, str]:
         return fingerprint(self.model) | {"schedule": described_schedule(*schedule(self.model))}
+
+    def sampler(self, monitoring: Monitoring, shape: tuple[int, ...]) -> Sampler | None:
+        if not monitoring.shown:
+            return None
+
+        def drawn(learned: Personalization | None) -> list[Tensor]:
+            tuned = self.model if learned is None else personalize(self.model, learned, 1.0)[0]
+            return monitoring.samples(tuned, shape)
+
+        return drawn
 
 
 def in_network_scale(data: PersonalData, model: ModelPatcher, denoiser: Denoiser) -> PersonalData:

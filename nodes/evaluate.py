@@ -8,7 +8,6 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from comfy.model_patcher import ModelPatcher
 from PIL import Image
 from torch import Tensor
 
@@ -40,7 +39,7 @@ from ..trainers.verdict import (
     verdict,
     watched,
 )
-from .load import personalize
+from .base import Base, Sampler
 from .monitor import Monitoring, stop_when_interrupted
 
 Line = dict[str, Any]  # of history.jsonl
@@ -56,12 +55,13 @@ class Evaluator:
     settings: Settings
     run: Run
     header: Header
-    model: ModelPatcher | None  # the base, to sample with
+    base: Base  # to sample with
     every: int = field(init=False)  # steps between two evaluations
+    sampler: Sampler | None = field(init=False)  # None: no samples are wanted
     evaluations: list[Evaluation] = field(default_factory=list)
     newest: Image.Image | None = None  # sample, until it is shown
     failed: str = ""  # why the newest samples are missing
-    energy_of_base: float | None = None  # high-frequency, of the base's samples
+    usual_energy: float | None = None  # high-frequency, that samples are compared with
     heed_pins: Callable[[], None] = lambda: None  # called before checkpoints are deleted
     # steps whose checkpoints a run would need that goes on from the state on disk
     settled: list[int] = field(default_factory=list)
@@ -75,12 +75,12 @@ class Evaluator:
         rounds = rounds_for(per_step, self.every, measured)
         with interruptible(self.denoiser):
             self.examination = Examination(self.denoiser, splits, rounds)
+        self.sampler = self.base.sampler(self.monitoring, data.usual_shape)
 
     def take_up(self, lines: Sequence[Line]) -> None:
         """Go on from what the history tells; the best checkpoint is the best of these again."""
         self.evaluations = list(filter(None, map(evaluation_of, lines)))
-        energy = lines[0].get("sample_energy") if lines else None
-        self.energy_of_base = energy if is_number(energy) else None
+        self._compare_with(lines[0].get("sample_energy") if lines else None)
         self.settle()
         if self.settled and f"step {self.settled[0]}" in self.run.checkpoints():
             self.run.make_best(self.settled[0])
@@ -123,8 +123,8 @@ class Evaluator:
         """Take the base as the run's step 0."""
         evaluation = self.examination.of_base()
         self.evaluations.append(evaluation)
-        sampled = self._sampled(0, self.model)
-        self.energy_of_base = sampled["sample_energy"]
+        sampled = self._sampled(0, None)
+        self._compare_with(sampled["sample_energy"])
         bins = {
             f"{name}_bins_of_base": getattr(evaluation, f"{name}_bins")
             for name in ("train", "held_out", "prior")
@@ -152,8 +152,8 @@ class Evaluator:
     def _line(self, sampled: Line) -> Line:
         """Return what there is to tell of the newest evaluation, and of its samples."""
         rules, energy = self.monitoring.settings, sampled["sample_energy"]
-        if energy is not None and self.energy_of_base:
-            grain = energy / self.energy_of_base
+        if energy is not None and self.usual_energy:
+            grain = energy / self.usual_energy
             self.evaluations[-1] = replace(self.evaluations[-1], grain=grain)
         return {
             **self.evaluations[-1].as_line(),
@@ -189,22 +189,37 @@ class Evaluator:
             if old not in spared and not saved(self.settings, old):
                 self.run.remove(old)
 
+    def _compare_with(self, of_base: Any) -> None:
+        """Let samples have as much grain as the base's; without prompts, as the training pictures.
+
+        Without prompts a base draws nothing but its own kind of pictures, before and after.
+        """
+        if not self.base.prompted:
+            energies = [high_frequency_energy(picture[None]) for picture in self._known()]
+            self.usual_energy = float(torch.cat(energies).mean())
+        else:
+            self.usual_energy = of_base if is_number(of_base) else None
+
+    def _known(self) -> Iterator[Tensor]:
+        """Yield what is trained on, (3, H, W) in [0, 1]."""
+        for example in self.data.training:
+            yield from (as_colour(view.pixels) for view in example.views)
+
     def _of_samples(self, step: Step) -> Line:
         """Sample what a user would get now."""
-        if self.model is None or not self.monitoring.shown:
+        if self.sampler is None:
             return NO_SAMPLES
-        learned = learned_by(step, self.header)
-        return self._sampled(step.index, personalize(self.model, learned, 1.0)[0])
+        return self._sampled(step.index, learned_by(step, self.header))
 
-    def _sampled(self, step: int, model: ModelPatcher | None) -> Line:
+    def _sampled(self, step: int, learned: Personalization | None) -> Line:
         """Sample every prompt, save the pictures, and compare them.
 
         Samples that can not be had do not end a training: it is said, and it goes on.
         """
-        if model is None or not self.monitoring.shown:
+        if self.sampler is None:
             return NO_SAMPLES
         try:
-            groups = self.monitoring.samples(model, self.data.usual_shape)
+            groups = self.sampler(learned)
         except comfy.model_management.InterruptProcessingException:
             raise
         except Exception as error:
@@ -221,10 +236,9 @@ class Evaluator:
             image.save(self.run.folder / names[-1])
             self.newest = image if number == 0 else self.newest
         channels_first = [group.movedim(-1, 1) for group in groups]
-        pictures = [view.pixels for example in self.data.training for view in example.views]
         return {
             "samples": names,
-            "nearest": nearest(torch.cat(channels_first), pictures),
+            "nearest": nearest(torch.cat(channels_first), self._known()),
             "diversity": diversity(channels_first),
             "sample_energy": float(high_frequency_energy(torch.cat(channels_first)).mean()),
         }
@@ -263,6 +277,11 @@ def interruptible(denoiser: Denoiser) -> Iterator[None]:
 def saved(settings: Settings, step: int) -> bool:
     """Tell whether the user asked for the checkpoint of a step beforehand."""
     return step > 0 and settings.save_every > 0 and step % settings.save_every == 0
+
+
+def as_colour(pixels: Tensor) -> Tensor:
+    """Return pixels (1 or 3, H, W) in [-1, 1] as (3, H, W) in [0, 1]."""
+    return ((pixels + 1) / 2).expand(3, *pixels.shape[1:])
 
 
 def as_image(picture: Tensor) -> Image.Image:

@@ -229,8 +229,8 @@ class Monitoring:
         if model is None and (self.shown or self.prior or self.held_out):
             raise InputError(
                 "monitor",
-                "asks for samples, prior prompts or held-out pictures, which go with a MODEL only; "
-                "use the dataset's 'hold_out', and a monitor without them.",
+                "has prompts or held-out pictures, which go with a MODEL only; use the dataset's "
+                "'hold_out', and a monitor without them. Samples are drawn anyway.",
             )
         data = replace(data, held_out=data.held_out + self._held_out(data))
         if self.settings.leave_one_out and not self.held_out:

@@ -268,7 +268,7 @@ class Session:
             self.method.settings,
             watch.run,
             watch.header,
-            self.model,
+            self.base,
         )
 
     def _facts(self, denoiser: Denoiser, data: PersonalData) -> dict[str, float]:

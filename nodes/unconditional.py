@@ -22,10 +22,10 @@ from ..trainers.unconditional import (
     Unconditional,
     UnconditionalSettings,
     pixel_data,
-    sample,
 )
 from .fit import FITS, fitted, opaque
 from .load import STRENGTH, Load, report, runs_root
+from .pixels import PixelBase, as_images, batches, check_memory, draw
 from .request import unpack
 from .session import Place, Session
 from .train import LEARNED, MONITOR, NAME, described
@@ -36,7 +36,6 @@ PLACE = f"{CATEGORY}/unconditional"
 BUILT_IN = "glyphs (built in)"
 GLYPHS = Path(__file__).parent.parent / "demo" / "pixel_base"
 DEPTH = 3  # folders below models/diffusers that are looked into
-PIXELS_AT_ONCE = 64 * 32 * 32  # that are sampled together
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 BASE = UnconditionalWire.Input("base", tooltip="From Load Unconditional Base.")
 TUNED = UnconditionalWire.Output(
@@ -211,12 +210,6 @@ def as_pixels(picture: Tensor, side: int, fit: str, channels: int) -> Tensor:
     return (pixels * 2 - 1).clone()
 
 
-def as_images(pixels: Tensor) -> Tensor:
-    """Return (N, C, H, W) in about [-1, 1] as an IMAGE, (N, H, W, 3) in [0, 1]."""
-    images = (pixels.movedim(1, -1) + 1) / 2
-    return images.clamp(0, 1).expand(*images.shape[:3], 3).contiguous()
-
-
 class TrainUnconditional(io.ComfyNode):
     """Train an unconditional base on pictures of another kind."""
 
@@ -251,7 +244,7 @@ class TrainUnconditional(io.ComfyNode):
         with at(cls):
             check_name(name)
             method = a3ft.A3FT(UnconditionalSettings(**settings))
-            session = Session(method, base, data, name, Place.of(cls), monitor)
+            session = Session(method, PixelBase(base), data, name, Place.of(cls), monitor)
             learned = session.train()
             tuned = base.apply(learned)
         summary = ui.PreviewText(session.summary(learned))
@@ -385,37 +378,9 @@ class SampleUnconditional(io.ComfyNode):
             if steps > (most := len(base.schedule.alphas_cumprod)):
                 raise InputError("steps", f"is {steps}; this base has {most} at most.")
             check_memory(base, count)
-        return io.NodeOutput(as_images(draw(base, count, steps, seed, eta)))
-
-
-def check_memory(base: Unconditional, count: int) -> None:
-    """Raise InputError when the pictures would not fit into the memory that is free."""
-    needed = 2 * 4 * count * 3 * base.side**2  # bytes: as they are drawn, and as they come out
-    free = comfy.model_management.get_free_memory(torch.device("cpu"))
-    if needed > free:
-        raise InputError(
-            "count",
-            f"is {count}, which takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
-            "free; draw fewer at once.",
-        )
-
-
-def draw(base: Unconditional, count: int, steps: int, seed: int, eta: float) -> Tensor:
-    """Sample on ComfyUI's device, with progress and interrupts: (count, C, H, W)."""
-    device = comfy.model_management.get_torch_device()
-    unet = base.network()
-    comfy.model_management.free_memory(comfy.model_management.module_size(unet), device)
-    unet.to(device)  # pyright: ignore
-    at_once = max(1, PIXELS_AT_ONCE // base.side**2)
-    parts = [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
-    progress, drawn = comfy.utils.ProgressBar(len(parts) * steps), []
-    for numbers in parts:
-        drawn.append(torch.empty(0))
-        for pixels in sample(base, unet, numbers, steps, seed, eta):
-            drawn[-1] = pixels
-            progress.update(1)
-            comfy.model_management.throw_exception_if_processing_interrupted()
-    return torch.cat(drawn)
+        progress = comfy.utils.ProgressBar(steps * batches(base, count))
+        drawn = draw(base, count, steps, seed, eta, lambda: progress.update(1))
+        return io.NodeOutput(as_images(drawn))
 
 
 NODES = [

@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
 from headless import Graph, PromptFailed, fill_defaults
 from personalize.nodes import unconditional as nodes
+from personalize.nodes.demo import DemoSubject
 from personalize.trainers.artifact import Header, Personalization
 from personalize.trainers.errors import InputError
 from personalize.trainers.loop import train
 from personalize.trainers.memory import needed
 from personalize.trainers.method import denoising_loss
 from personalize.trainers.methods.a3ft import A3FT
-from personalize.trainers.monitor import fixed_batch, stable_loss
+from personalize.trainers.monitor import fixed_batch, high_frequency_energy, stable_loss
 from personalize.trainers.pixel_denoiser import reverse_step, variational_bound
 from personalize.trainers.pixel_folder import load_unconditional
 from personalize.trainers.resume import of_base
@@ -707,8 +709,30 @@ def test_a_monitor_watches_over_pixels_too(server, comfy, own_base):
     comfy.run(fill_defaults(graph, comfy.object_info()))
     file = server.output_dir / "personalized" / "watched pixels" / "history.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["step"] for line in lines if line.get("evaluation")] == [0, 1, 2]
-    assert all(line["held_out_bins"] for line in lines if line.get("evaluation"))
+    lines = [line for line in lines if line.get("evaluation")]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert all(line["held_out_bins"] for line in lines)
+    check_samples(comfy, own_base, file.parent, lines)
+
+
+def check_samples(comfy, own_base: str, folder: Path, lines: list[dict]) -> None:
+    """Samples are those of Sample Unconditional, as grainy as they are beside what is learned."""
+    assert [len(line["samples"]) for line in lines] == [2, 0, 2]
+    graph = Graph()
+    base = graph.add("PersonalizeLoadUnconditional", base=own_base)
+    wires = {"base": (base, 0), "run": folder.name, "checkpoint": "last"}
+    base = graph.add("PersonalizeLoadUnconditionalRun", **wires)
+    drawn = graph.add("PersonalizeSampleUnconditional", base=(base, 0), count=2, steps=20)
+    seen = graph.add("SaveImage", images=(drawn, 0), filename_prefix="unconditional")
+    expected = shown(comfy, comfy.run(fill_defaults(graph, comfy.object_info())), seen)
+    found = [np.asarray(Image.open(folder / name)) for name in lines[-1]["samples"]]
+    assert np.array_equal(found, expected)
+
+    pictures, _ = DemoSubject.execute(1, 4, "training", 64, "zib").args
+    learned = nodes.prepare(list(pictures[:3]), tiny_base(3), "crop", 0).training
+    usual = high_frequency_energy(torch.stack([e.pixels for e in learned]) / 2).mean()
+    for line in (lines[0], lines[-1]):
+        assert line["grain"] == pytest.approx(line["sample_energy"] / float(usual), rel=1e-4)
 
 
 def shown(comfy, result, node: str) -> np.ndarray:

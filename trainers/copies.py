@@ -4,7 +4,7 @@ Ours, and crude on purpose: the correlation of two pictures at 32x32 pixels, eac
 taken out. A copy gives 1, whatever its details; other poses and backgrounds give less.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ def thumbnails(pictures: Tensor) -> Tensor:
     return F.normalize(centred.flatten(1), dim=1)
 
 
-def nearest(samples: Tensor, pictures: Sequence[Tensor] | Tensor) -> float:
+def nearest(samples: Tensor, pictures: Iterable[Tensor]) -> float:
     """Return the mean over samples of the correlation with the picture most like it: up to 1.
 
     samples: (N, 3, H, W); pictures: (3, H, W) each, of any sizes.

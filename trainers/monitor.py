@@ -57,7 +57,7 @@ class Evaluation:
     prior: float | None = None
     prior_of_base: float | None = None
     prior_bins: tuple[float, ...] | None = None
-    grain: float | None = None  # of samples, over that of the base's: 1 as there
+    grain: float | None = None  # of samples, over the usual: the base's, or what is learned
 
     @property
     def gap(self) -> float | None:

@@ -168,7 +168,7 @@ def plot_losses(history: History, axes: "Axes") -> None:
 
 
 def plot_change(history: History, axes: "Axes") -> None:
-    """Draw prior drift and grain as percentages against the base."""
+    """Draw prior drift and grain as percentages against the base, or the usual."""
     drift = [(x, 100 * y) for x, y in curve(history.evaluations, "prior_drift")]
     grain = [(x, 100 * (y - 1)) for x, y in graininess(history.evaluations)]
     axes.scale([0.0, *(y for _, y in drift + grain)], ticks=5)

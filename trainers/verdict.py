@@ -9,6 +9,7 @@ as that is so of every smooth curve in the end, ours is that it must not fall an
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean, pvariance
 
 from .monitor import Evaluation
@@ -20,7 +21,7 @@ RISEN = 3  # evaluations in a row that must have risen so
 FLAT = 0.15  # of the variance of all losses: DVAR's threshold
 WINDOW = 5  # losses that DVAR looks at
 FALLS = 0.05  # share of the whole fall that the last quarter of a curve brings if it still falls
-GRAINY = 1.1  # grain over the base's that is worth a word
+GRAINY = 1.1  # grain over the usual that is worth a word
 FALLEN = 0.25  # of a peak of the grain that is gone again after the corruption stage
 
 # In a word, where a run is
@@ -164,21 +165,25 @@ def stopped_at(evaluations: Evaluations, rules: Rules) -> int | None:
 
 
 def graininess(evaluations: Evaluations) -> Curve:
-    """Return the grain over the base's: of samples where there are any, else of predictions."""
+    """Return the grain over the usual: of samples where there are any, else of predictions."""
     return curve(evaluations, "grain") or curve(evaluations, "corruption")
 
 
 def corruption_stage(evaluations: Evaluations) -> tuple[int, float] | None:
     """Return step and height of the hump of graininess: more than before, and than after; or None.
 
-    A quarter of what was above the base must be gone again in all of the last RISEN evaluations.
+    It is where the grain has risen most above its lowest before. A quarter of that rise must be
+    gone again in all of the last RISEN evaluations.
     """
     grain = graininess(evaluations)
-    step, top = max(grain, key=lambda point: point[1], default=(0, 1.0))
-    if top < GRAINY:
+    lowest = accumulate((value for _, value in grain), min)
+    rises = [value - low for (_, value), low in zip(grain, lowest, strict=True)]
+    if not rises:
         return None
-    gone = top - max(index for _, index in grain[-RISEN:])
-    return (step, top) if gone >= FALLEN * (top - 1) else None
+    (step, top), rise = grain[rises.index(max(rises))], max(rises)
+    gone = top - max(value for _, value in grain[-RISEN:])
+    clear = top >= GRAINY and rise >= GRAINY - 1
+    return (step, top) if clear and gone >= FALLEN * rise else None
 
 
 def state(evaluations: Evaluations, rules: Rules) -> str:
@@ -241,12 +246,12 @@ def _of_best(evaluations: Evaluations, rules: Rules, best: int) -> str:
 
 
 def _of_grain(evaluations: Evaluations) -> str:
-    """Say how much grainier than the base's pictures are, if it is worth a word."""
+    """Say how much grainier than usual pictures are, if it is worth a word."""
     hump = corruption_stage(evaluations)
     if hump is not None:
         step, top = hump
         return f"pictures up to {100 * (top - 1):.0f} % grainier, at step {step}, less later"
     grain = graininess(evaluations)
     if grain and grain[-1][1] >= GRAINY:
-        return f"pictures {100 * (grain[-1][1] - 1):.0f} % grainier than the base's"
+        return f"pictures {100 * (grain[-1][1] - 1):.0f} % grainier than usual"
     return ""

@@ -29,7 +29,9 @@ const TIPS = {
     "held-out": "The same on pictures of the subject that are not trained on. Lowest is best.",
     "prior drift": "How much worse the class is known than by the base.",
     corruption: "Grain left in nearly clean training pictures, over what the base leaves: 1 is as it.",
-    grain: "Of the samples, over that of the base's: a hump is the stage of corrupted pictures.",
+    grain:
+        "Of the samples, over that of the base's; without prompts, of the training pictures'. " +
+        "A hump is the stage of corrupted pictures.",
     at: "The step that these samples are of.",
     likeness: "Of the samples to the training picture most like each: near 1 they are copies.",
     diversity: "How much the samples of one prompt differ: near 0 they are all the same.",
