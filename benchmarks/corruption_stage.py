@@ -1,0 +1,278 @@
+"""Few-shot fine-tuning in pixel space: do pictures fill with noise, and does BNN hold it off?
+
+    python -m benchmarks.corruption_stage --seeds 0,1,2 --steps 6000 --sigmas 0.01,0.03 \\
+        --json benchmarks/results/corruption_stage.json \\
+        --sheet benchmarks/results/corruption_stage.png
+
+BNN's paper (arXiv 2405.19931): likeness rises, then pictures fill with noisy patterns, then the
+model copies. The demo base's pictures are too flat for grain; here a base without prompts, in pixel
+space (demo/pixel_base: drawn glyphs), is tuned on five scanned digits, all weights, at a constant
+learning rate: plainly (DreamBooth without a class), and with random weights (BNN over all weights).
+
+Measured at steps at equal ratios, on samples of fixed noise:
+
+- distance: to the nearest training picture, mean square, pixels in [-1, 1];
+- grain: high-frequency energy over that of the training pictures, what the monitor looks at;
+- noisy: the share of samples with more than half as much again as the grainiest training picture;
+- diversity: mean square distance of two samples, over that of two training pictures;
+- predicted: grain of pictures predicted in one step (the monitor's index without samples).
+
+Every training is kept in benchmarks/work/, so that a command that was stopped goes on.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from personalize.trainers.artifact import Header, Personalization
+from personalize.trainers.data import PersonalData
+from personalize.trainers.loop import train
+from personalize.trainers.method import Method
+from personalize.trainers.methods.bnn import BNN, BNNSettings
+from personalize.trainers.methods.dreambooth import DreamBooth, DreamBoothSettings
+from personalize.trainers.monitor import Evaluation, Examination, high_frequency_energy
+from personalize.trainers.pixel_folder import load_unconditional
+from personalize.trainers.unconditional import Unconditional, pixel_data, sample
+from personalize.trainers.verdict import corruption_stage
+
+from . import ROOT
+from .digits import READER, digits
+from .gain import interval, machine
+from .options import number, numbers
+from .provenance import code_hash, warn_of_mixed
+from .shift_tables import interval_table, sheet, stacked
+
+BASE = ROOT / "demo" / "pixel_base"
+WORK = ROOT / "benchmarks" / "work" / "corruption_stage"
+HELD_OUT, SAMPLING_STEPS, FIRST, POINTS = 20, 20, 25, 36
+NOISY = 1.5  # of the grainiest training picture's energy
+QUICK = {"seeds": "0", "steps": 100, "samples": 8}
+METRICS = ("distance", "grain", "noisy", "diversity", "predicted")
+Line = dict[str, float]  # what is measured at one step
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all trainings share."""
+
+    base: Unconditional
+    pool: Tensor
+    images: int
+    samples: int
+    steps: int
+    learning_rate: float
+    batch_size: int
+
+    def method(self, sigma: float | None, seed: int) -> Method:
+        """Return plain fine-tuning of all weights, or with random ones."""
+        how: Any = {
+            "steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "batch_size": self.batch_size,
+            "seed": seed,
+        }
+        if sigma is None:
+            return DreamBooth(DreamBoothSettings(**how))
+        return BNN(BNNSettings(**how, over="full", sigma=sigma))
+
+    def data(self, seed: int) -> PersonalData:
+        """Return the training pictures of a seed, and some that are held out."""
+        first = seed * (self.images + HELD_OUT)
+        return pixel_data(list(self.pool[first : first + self.images + HELD_OUT]), HELD_OUT)
+
+    def file(self, sigma: float | None, seed: int) -> Path:
+        """Return where a training's lines are kept; its samples lie beside them."""
+        name = "plain" if sigma is None else f"bnn-{sigma:g}"
+        how = f"{self.images}-{self.batch_size}-{self.learning_rate:g}-{self.steps}-{self.samples}"
+        return WORK / self.base.fingerprint()["weights"] / how / f"{name}-{seed}.json"
+
+    def training(self, sigma: float | None, seed: int) -> list[Line]:
+        """Train, and measure on the way; what was done before is read back."""
+        file = self.file(sigma, seed)
+        if not file.exists():
+            lines, drawn = self.learn(self.method(sigma, seed), self.data(seed))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            sheet(torch.cat(drawn)).save(file.with_suffix(".png"))
+            file.write_text(json.dumps(lines, indent=1) + "\n")
+        return json.loads(file.read_text())
+
+    def learn(self, method: Method, data: PersonalData) -> tuple[list[Line], list[Tensor]]:
+        """Return what is measured at some steps, and the first samples of some."""
+        denoiser, lines, drawn = self.base.denoiser(), [], []
+        known = torch.stack([example.latent for example in data.training])
+        header = Header(method.name, 0, {}, self.base.fingerprint(), "", "", "")
+        at, examination = points(self.steps), None
+        for step in train(method, denoiser, data):
+            if step.index not in at:
+                continue
+            splits = {"train": data.training, "held_out": data.held_out}
+            examination = examination or Examination(denoiser, splits)
+            with step.kept():
+                stands = examination.evaluate(denoiser, step.index)
+            pictures = self.draw(Personalization.of(header, step.learned(), step.index))
+            lines.append(stands.as_line() | measured(pictures, known))
+            lines[-1] |= {"predicted": stands.corruption, "code": code_hash(BASE)}
+            drawn.append(pictures[:20])
+            told = {key: round(lines[-1][key], 3) for key in METRICS}
+            print(method.name, step.index, told, file=sys.stderr, flush=True)
+        return lines, drawn
+
+    def draw(self, learned: Personalization) -> Tensor:
+        """Sample; the same noise at every step of every training."""
+        base = self.base.apply(learned)
+        numbers = range(self.samples)
+        return list(sample(base, base.network(), numbers, SAMPLING_STEPS, 0))[-1].clamp(-1, 1)
+
+
+def points(steps: int) -> list[int]:
+    """Return the steps that are measured, at equal ratios."""
+    return sorted({round(s) for s in np.geomspace(min(FIRST, steps), steps, POINTS)})
+
+
+def measured(pictures: Tensor, known: Tensor) -> Line:
+    """Score samples (N, 1, h, w) beside the training pictures (M, 1, h, w)."""
+    energy, usual = high_frequency_energy(pictures), high_frequency_energy(known)
+    to_known = torch.cdist(pictures.flatten(1), known.flatten(1)).square() / known[0].numel()
+    return {
+        "distance": float(to_known.amin(1).mean()),
+        "grain": float(energy.mean() / usual.mean()),
+        "noisy": float((energy > NOISY * usual.max()).float().mean()),
+        "diversity": float(spread(pictures) / spread(known)),
+    }
+
+
+def spread(pictures: Tensor) -> Tensor:
+    """Return the mean square distance of two pictures."""
+    return torch.pdist(pictures.flatten(1)).square().mean()
+
+
+def stage(lines: Sequence[Line]) -> tuple[int, float] | None:
+    """Return step and height of the hump that the monitor would find; None where it finds none."""
+    read = [replace(Evaluation.from_line(line), grain=line["grain"]) for line in lines]
+    return corruption_stage(read)
+
+
+Trainings = Mapping[str, Sequence[Sequence[Line]]]  # by name: of every seed, the lines
+
+
+def report(trainings: Trainings) -> dict[str, Any]:
+    """Compare the trainings, over all steps and at each."""
+    plain = trainings["plain"]
+    every = [line for of in trainings.values() for lines in of for line in lines]
+    return {
+        "machine": machine(),
+        "code": dict(Counter(line["code"] for line in every)),
+        "stages": {name: [stage(lines) for lines in of] for name, of in trainings.items()},
+        "paired": {
+            f"{name} - plain": {
+                key: interval([mean(a, key) - mean(b, key) for a, b in zip(of, plain, strict=True)])
+                for key in METRICS
+            }
+            for name, of in trainings.items()
+            if name != "plain"
+        },
+        "by_step": {
+            name: {
+                key: {int(row[0]["step"]): interval([line[key] for line in row]) for row in rows}
+                for key in METRICS
+            }
+            for name, of in trainings.items()
+            for rows in [list(zip(*of, strict=True))]
+        },
+    }
+
+
+def mean(lines: Sequence[Line], key: str) -> float:
+    """Return the mean over the steps, which stand at equal ratios."""
+    return float(np.mean([line[key] for line in lines]))
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Write the tables."""
+    lines = ["# The corruption stage, in pixel space", "", f"`{result['command']}`", ""]
+    lines += [f"{result['settings']}; {result['machine']}.", ""]
+    lines += ["Hump of the grain that the monitor finds, seed by seed (step, height):", ""]
+    for name, found in result["stages"].items():
+        told = (f"{s[0]} ({s[1]:.2f})" if s else "none" for s in found)
+        lines.append(f"- {name}: {', '.join(told)}")
+    lines += ["", "Paired differences of the means over all steps [95 % interval over seeds]:", ""]
+    lines += interval_table(METRICS, result["paired"])
+    for name, of in result["by_step"].items():
+        rows = {f"{step}": {key: of[key][step] for key in METRICS} for step in of["grain"]}
+        lines += ["", f"{name}, over its steps [95 % interval over seeds]:", ""]
+        lines += interval_table(METRICS, rows)
+    return "\n".join(lines) + "\n"
+
+
+def contact_sheet(bench: Bench, sigmas: Sequence[float | None], seed: int) -> Image.Image:
+    """Draw training pictures, and below them every training's samples, a row for each step."""
+    known = torch.stack([example.latent for example in bench.data(seed).training])
+    blocks = [sheet(known.repeat(20, 1, 1, 1)[:20])]
+    blocks += [Image.open(bench.file(sigma, seed).with_suffix(".png")) for sigma in sigmas]
+    return stacked(blocks, rows=POINTS)
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; what it gives counts more than what --quick stands for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.corruption_stage",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seeds", default="0,1,2", help="of pictures and training")
+    parser.add_argument("--images", type=number(2, 50), default=5)
+    parser.add_argument("--samples", type=number(2, 1000), default=40)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--sigmas", default="0.01,0.03", help="of BNN's weights")
+    parser.add_argument("--quick", action="store_true", help="to see it work")
+    parser.add_argument("--json", type=Path, help="also writes the tables beside it, as .md")
+    parser.add_argument("--sheet", type=Path, help="a picture of samples")
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(**QUICK)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is asked for, print and save."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parsed(arguments)
+    torch.set_num_threads(1)
+    base = load_unconditional(BASE)
+    how = {k: getattr(options, k) for k in ("images", "samples", "steps", "learning_rate")}
+    how["batch_size"] = options.batch_size
+    bench = Bench(base, digits(base.side)[0][READER:], **how)
+    sigmas = [None, *map(float, options.sigmas.split(","))]
+    seeds = numbers(options.seeds)
+    trainings = {
+        "plain" if sigma is None else f"bnn {sigma:g}": [bench.training(sigma, s) for s in seeds]
+        for sigma in sigmas
+    }
+    result = {
+        "command": shlex.join(["python", "-m", "benchmarks.corruption_stage", *arguments]),
+        "settings": ", ".join(f"{k} {v}" for k, v in {"seeds": options.seeds, **how}.items()),
+        **report(trainings),
+    }
+    warn_of_mixed(result["code"])
+    print(markdown(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.with_suffix(".md").write_text(markdown(result))
+    if options.sheet:
+        contact_sheet(bench, sigmas, seeds[0]).save(options.sheet, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
