@@ -699,20 +699,25 @@ def test_nodes_train_apply_load_and_sample(server, comfy, own_base):
         comfy.run(fill_defaults(graph, comfy.object_info()))
 
 
-def test_a_monitor_watches_over_pixels_too(server, comfy, own_base):
+def test_a_monitor_watches_over_pixels_and_changes_nothing(server, comfy, own_base):
     graph = Graph()
     base = graph.add("PersonalizeLoadUnconditional", base=own_base)
     images = graph.add("PersonalizeDemoSubject", count=4, resolution=64)
     data = graph.add("PersonalizePixelDataset", images=(images, 0), base=(base, 0), hold_out=1)
-    wires = {"base": (base, 0), "data": (data, 0), "monitor": (graph.add("PersonalizeMonitor"), 0)}
-    graph.add("PersonalizeTrainUnconditional", **wires, name="watched pixels", steps=2)
+    wires = {"base": (base, 0), "data": (data, 0), "steps": 2}
+    monitor = graph.add("PersonalizeMonitor")
+    graph.add("PersonalizeTrainUnconditional", **wires, monitor=(monitor, 0), name="watched pixels")
+    graph.add("PersonalizeTrainUnconditional", **wires, name="unwatched pixels")
     comfy.run(fill_defaults(graph, comfy.object_info()))
-    file = server.output_dir / "personalized" / "watched pixels" / "history.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    folders = [
+        server.output_dir / "personalized" / f"{how} pixels" for how in ("watched", "unwatched")
+    ]
+    assert same(*(load_file(folder / "last.safetensors") for folder in folders))
+    lines = [json.loads(line) for line in (folders[0] / "history.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line.get("evaluation")]
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(line["held_out_bins"] for line in lines)
-    check_samples(comfy, own_base, file.parent, lines)
+    check_samples(comfy, own_base, folders[0], lines)
 
 
 def check_samples(comfy, own_base: str, folder: Path, lines: list[dict]) -> None:
