@@ -51,6 +51,7 @@ from .digits import READER, digits
 from .gain import interval, machine
 from .options import number, numbers
 from .provenance import code_hash, warn_of_mixed
+from .reports import finite
 from .shift_tables import interval_table, sheet, stacked
 
 BASE = ROOT / "demo" / "pixel_base"
@@ -268,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     warn_of_mixed(result["code"])
     print(markdown(result))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(finite(result), indent=1) + "\n")
         options.json.with_suffix(".md").write_text(markdown(result))
     if options.sheet:
         contact_sheet(bench, sigmas, seeds[0]).save(options.sheet, optimize=True)

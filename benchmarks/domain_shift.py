@@ -54,6 +54,7 @@ from .distances import fid, kid, nearest
 from .gain import interval, machine
 from .options import number, numbers
 from .provenance import code_hash, warn_of_mixed
+from .reports import finite
 from .shift_tables import METRICS, markdown, sheet, stacked
 
 BASE = ROOT / "demo" / "pixel_base"
@@ -295,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     warn_of_mixed(result["code"])
     print(markdown(result))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(finite(result), indent=1) + "\n")
         options.json.with_suffix(".md").write_text(markdown(result))
     if options.sheet:
         contact_sheet(bench, cells).save(options.sheet, optimize=True)

@@ -38,6 +38,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -68,7 +69,7 @@ from .configurations import (
 )
 from .options import number, numbers
 from .provenance import warn_of_mixed
-from .reports import Tasks, finite, of_each_name, report
+from .reports import Judgement, Tasks, finite, of_each_name, read_judgements, report
 from .servers import Worker, share_out, workers
 from .tables import markdown, sheet
 
@@ -93,11 +94,13 @@ def main(arguments: list[str] | None = None) -> int:
         for seed, subject in product(numbers(options.seeds), numbers(options.subjects))
         for name in chosen(options)
     }
+    known = read_judgements(options.known, plan) if options.known else []
+    unknown = {label: task for label, task in tasks.items() if not is_known(task, known)}
     failed = []
     if not options.only_kept:
-        failed = compute(tasks, options.cache, options.servers)
+        failed = compute(unknown, options.cache, options.servers)
         measure_memories(tasks, options.cache, options.servers)
-    result = report(tasks, options.cache)
+    result = report(tasks, options.cache, known)
     if not result["code"]:
         raise SystemExit(f"{options.cache} holds none of these cells: run without --only-kept")
     result["command"] = shlex.join(["python", "-m", "benchmarks.quality", *arguments])
@@ -165,6 +168,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--servers", type=int, default=default_servers(), help="at a time")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where cells are kept")
+    parser.add_argument(
+        "--known",
+        type=Path,
+        metavar="FILE",
+        help="take cells that are in this result (--json) from it: a table grows elsewhere",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--sheet", type=Path, help="where to save a picture of the samples (PNG)")
@@ -238,9 +247,15 @@ def measure_memories(tasks: Tasks, cache: Path, servers: int) -> None:
         list(pool.map(one, missing))
 
 
+def is_known(task: Task, known: Iterable[Judgement]) -> bool:
+    """Tell whether a cell was judged elsewhere."""
+    return any(one.key == task.key for one in known)
+
+
 def picture(tasks: Tasks, cache: Path) -> Image.Image:
-    """Draw the sheet of the first subject and seed: two samples of each kind of prompt."""
-    (_, subject, seed), task = next(iter(tasks.items()))
+    """Draw the sheet of the first subject and seed that are there: two samples of a prompt."""
+    there = {label: task for label, task in tasks.items() if task.load(cache) is not None}
+    (_, subject, seed), task = next(iter((there or tasks).items()))
     plan = task.plan
     prompts = [*plan.subject_prompts(subject)[:2], *CLASS_PROMPTS[1:3], *OTHER_PROMPTS[:2]]
     heads = [short(text) for text in prompts for _ in range(2)]

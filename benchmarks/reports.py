@@ -3,53 +3,92 @@
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .cells import Plan, Task, memory_file
+from .cells import Cell, Plan, Task, memory_file
 from .comparisons import Table, at_equal_similarity, ladder, mean, mean_scores, paired
 from .configurations import BASE, BASELINE, configuration
 from .gain import machine
-from .scores import scores, subject_scores
+from .scores import Scores, scores, subject_scores
 
 Tasks = Mapping[tuple[str, int, int], Task]  # by row, subject, seed
-History = list[dict[str, float]]
+History = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What is known of the cells that are there."""
+class Judgement:
+    """What a training's pictures and history say; the base's, for one subject and noise."""
 
-    table: Table = field(default_factory=lambda: {BASE: {}})
-    on_the_way: dict[int, Table] = field(default_factory=lambda: defaultdict(dict))  # by step
-    histories: dict[str, list[History]] = field(default_factory=lambda: defaultdict(list))
-    codes: Counter[str] = field(default_factory=Counter)
+    method: str  # the row's name
+    subject: int
+    seed: int
+    key: str  # of the cell
+    code: str  # hash of what made it
+    scores: Scores
+    on_the_way: dict[str, Scores]  # by step
+    gamma: dict[str, list[float]]  # by step; {} where it was not measured
 
     @classmethod
-    def of(cls, tasks: Tasks, cache: Path) -> "Judged":
-        """Judge every cell beside the base's of the same noise."""
-        found, bases = cls(), {task.seed: task.base.load(cache) for task in tasks.values()}
-        for (name, *_), task in tasks.items():
-            cell, base, key = task.load(cache), bases[task.seed], (task.subject, task.seed)
-            if cell is None or base is None:
-                continue
-            if key not in found.table[BASE]:
-                found.table[BASE][key] = scores(base, base, task)
-            found.table.setdefault(name, {})[key] = scores(cell, base, task)
-            for step in task.plan.steps_on_the_way:
-                row = subject_scores(cell, base, task, step)
-                found.on_the_way[step].setdefault(name, {})[key] = row
-            found.histories[name].append(cell.history)
-            found.codes[cell.code] += 1
-        return found
+    def of(cls, name: str, task: Task, cell: Cell, base: Cell) -> "Judgement":
+        """Judge a cell beside the base's of the same noise."""
+        steps = task.plan.steps_on_the_way if cell is not base else ()
+        return cls(
+            name,
+            task.subject,
+            task.seed,
+            (task.base if cell is base else task).key,
+            cell.code,
+            scores(cell, base, task),
+            {str(step): subject_scores(cell, base, task, step) for step in steps},
+            gamma_of(cell.history),
+        )
 
 
-def report(tasks: Tasks, cache: Path) -> dict[str, Any]:
-    """Compare all cells that are there, as JSON."""
-    found = Judged.of(tasks, cache)
-    table, plan = found.table, next(iter(tasks.values())).plan
+def judge(tasks: Tasks, cache: Path, known: Iterable[Judgement] = ()) -> list[Judgement]:
+    """Judge every cell that is there, and the bases; of others return what is known."""
+    before = {(one.key, one.subject): one for one in known}
+    bases = {task.seed: task.base.load(cache) for task in tasks.values()}
+    named = {(BASE, task.subject, task.seed): task for task in tasks.values()} | dict(tasks)
+    found = list[Judgement]()
+    for (name, *_), task in named.items():
+        base, its = bases[task.seed], task.base if name == BASE else task
+        cell = its.load(cache)
+        if cell is not None and base is not None:
+            found.append(Judgement.of(name, task, base if name == BASE else cell, base))
+        elif (its.key, task.subject) in before:
+            found.append(replace(before[its.key, task.subject], method=name))
+    return found
+
+
+def read_judgements(path: Path, plan: Plan) -> list[Judgement]:
+    """Read what a report holds of each cell; it must be of the same plan."""
+    kept = json.loads(path.read_text())
+    if "judged" not in kept or kept.get("plan") != as_json(plan):
+        raise SystemExit(f"--known: {path} does not hold cells of this plan: {describe(plan)}")
+    return [Judgement(**with_nans(one)) for one in kept["judged"]]
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return a plan as it is read back from JSON."""
+    return json.loads(json.dumps(asdict(plan)))
+
+
+def table_of(judged: Iterable[Judgement]) -> Table:
+    """Sort the scores by row; the base's comes first."""
+    table: Table = {BASE: {}}
+    for one in judged:
+        table.setdefault(one.method, {})[one.subject, one.seed] = one.scores
+    return table
+
+
+def report(tasks: Tasks, cache: Path, known: Iterable[Judgement] = ()) -> dict[str, Any]:
+    """Compare all cells that are there, and those that are known from elsewhere, as JSON."""
+    judged, plan = judge(tasks, cache, known), next(iter(tasks.values())).plan
+    trained = [one for one in judged if one.method != BASE]
+    codes, table = Counter(one.code for one in trained), table_of(judged)
     methods = {name: {"cells": len(cells)} | mean_scores(cells) for name, cells in table.items()}
     for name, task in of_each_name(tasks).items():
         kept = memory_file(task, cache)
@@ -57,23 +96,25 @@ def report(tasks: Tasks, cache: Path) -> dict[str, Any]:
             methods[name] |= json.loads(kept.read_text())
     return {
         "machine": machine(),
-        "cells": f"{found.codes.total()} trainings; {describe(plan)}",
-        "code": dict(found.codes),
+        "cells": f"{len(trained)} trainings; {describe(plan)}",
+        "code": dict(codes),
         "methods": methods,
         **differences(table),
-        "gamma": {
-            name: gammas(histories)
-            for name, histories in found.histories.items()
-            if any("gamma_0" in line for line in histories[0])
-        },
-        **on_the_way(found),
+        "gamma": gammas(trained),
+        **on_the_way(trained),
+        "plan": as_json(plan),
+        "judged": [asdict(one) for one in judged],
     }
 
 
-def on_the_way(found: Judged) -> dict[str, Any]:
+def on_the_way(judged: Sequence[Judgement]) -> dict[str, Any]:
     """Return means and differences at every step of a trajectory."""
-    steps = {str(step): table for step, table in found.on_the_way.items()}
-    names, both = (found.histories, pairs(found.table)) if steps else ((), ())
+    steps: dict[str, Table] = defaultdict(lambda: defaultdict(dict))
+    for one in judged:
+        for step, row in one.on_the_way.items():
+            steps[step][one.method][one.subject, one.seed] = row
+    names = dict.fromkeys(one.method for one in judged if one.on_the_way)
+    both = pairs({BASE: {}} | {name: {} for name in names})
     return {
         "trajectory": {
             name: {step: mean_scores(at[name]) for step, at in steps.items()} for name in names
@@ -112,18 +153,30 @@ def differences(table: Table) -> dict[str, Any]:
     return found | {"matched_cells": counts}
 
 
-def gammas(histories: Sequence[History]) -> dict[str, list[float]]:
-    """Return APT's indicator in every bin of timesteps, low ones first, over the steps."""
-    steps = [[line for line in history if "gamma_0" in line] for history in histories]
-    count = min(map(len, steps))
-    result = {}
-    for tenths in (1, 2, 5, 10):
-        lines = [of_run[max(0, count * tenths // 10 - 1)] for of_run in steps]
-        bins = sum(key.startswith("gamma_") for key in lines[0])
-        result[str(int(lines[0]["step"]))] = [
-            mean(line[f"gamma_{bin}"] for line in lines) for bin in range(bins)
-        ]
-    return result
+def gammas(judged: Iterable[Judgement]) -> dict[str, dict[str, list[float]]]:
+    """Return the mean of APT's indicator over the runs of each row, by step and bin."""
+    runs: dict[str, list[dict[str, list[float]]]] = defaultdict(list)
+    for one in judged:
+        if one.gamma:
+            runs[one.method].append(one.gamma)
+    return {
+        name: {
+            step: list(map(mean, zip(*(of[step] for of in each), strict=True))) for step in each[0]
+        }
+        for name, each in runs.items()
+    }
+
+
+def gamma_of(history: History) -> dict[str, list[float]]:
+    """Return APT's indicator in every bin of timesteps, low ones first, at parts of a run."""
+    lines = [line for line in history if "gamma_0" in line]
+    shown = [lines[max(0, len(lines) * tenths // 10 - 1)] for tenths in (1, 2, 5, 10) if lines]
+    return {str(int(line["step"])): bins_of(line) for line in shown}
+
+
+def bins_of(line: Mapping[str, float]) -> list[float]:
+    """Return the indicator in every bin, as a line of the history has it."""
+    return [line[f"gamma_{bin}"] for bin in range(sum(key.startswith("gamma_") for key in line))]
 
 
 def describe(plan: Plan) -> str:
@@ -138,4 +191,13 @@ def finite(value: Any) -> Any:
     """Return JSON values with null for what is not a number, as strict readers want it."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def with_nans(value: Any) -> Any:
+    """Return what `finite` was given: NaN for null."""
+    if isinstance(value, dict):
+        return {key: with_nans(part) for key, part in value.items()}
+    return math.nan if value is None else value

@@ -1,5 +1,6 @@
 """The domain shift's results as Markdown tables, and its pictures side by side."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,12 +71,16 @@ def markdown(result: Mapping[str, Any]) -> str:
 def interval_table(
     heads: Sequence[str], rows: Mapping[str, Mapping[Any, Sequence[float]]]
 ) -> list[str]:
-    """Return the lines of a table of means with their intervals."""
+    """Return the lines of a table of means with their intervals; one seed alone has none."""
     shown = [
-        [name, *(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" for mean, low, high in row.values())]
-        for name, row in rows.items()
+        [name, *(with_interval(*found) for found in row.values())] for name, row in rows.items()
     ]
     return markdown_table(["", *heads], shown)
+
+
+def with_interval(mean: float, low: float, high: float) -> str:
+    """Write a mean with its interval where it has one."""
+    return f"{mean:+.4f}" if math.isnan(low) else f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def sheet(pictures: Tensor) -> Image.Image:

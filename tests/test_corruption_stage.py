@@ -57,3 +57,8 @@ def test_a_small_run_is_kept_and_told(tmp_path, monkeypatch, capsys):
     benchmark.main([*asked, *files])
     again = json.loads((tmp_path / "found.json").read_text())
     assert again == found
+
+    benchmark.main([*asked, *files, "--seeds", "1"])  # alone: means, and no intervals
+    alone = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
+    assert alone["by_step"]["plain"]["grain"]["4"][1:] == [None, None]
+    assert "nan" not in (tmp_path / "found.md").read_text()

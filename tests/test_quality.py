@@ -222,7 +222,10 @@ def test_the_indicator_is_averaged_over_runs_at_parts_of_their_length():
         for slope in (0.01, 0.03)
     ]
     histories[0].append({"step": 20, "train_loss": 0.1})
-    found = reports.gammas(histories)
+    own = [reports.gamma_of(history) for history in (*histories, [{"step": 1, "loss": 0.5}])]
+    parts = {"key": "", "code": "", "scores": {}, "on_the_way": {}}
+    judged = [reports.Judgement("apt", 101, seed, gamma=g, **parts) for seed, g in enumerate(own)]
+    found = reports.gammas(judged)["apt"]
     assert found.keys() == {"2", "4", "10", "20"}
     assert found["10"] == [pytest.approx(0.2), 0.0]
 
@@ -386,6 +389,35 @@ def test_the_json_holds_what_it_promises(tmp_path, capsys):
     assert f"{len(shown)} intervals are shown" in said.out and shown
     assert "2 of code of lora, 2 of code of para" in said.err
     assert Image.open(files["png"]).size[1] > 4 * SIDE
+
+
+def test_a_table_grows_from_a_result_of_before(tmp_path, monkeypatch, capsys):
+    here, elsewhere, first = tmp_path / "here", tmp_path / "elsewhere", tmp_path / "first.json"
+    arguments = fake_table(here)
+    assert quality.main([*arguments, "--json", str(first)]) == 0
+    known = ["--cache", str(elsewhere), "--known", str(first)]
+    monkeypatch.setattr(quality, "workers", None)  # no server is started
+    training = [word for word in arguments if word != "--only-kept"]
+    second = tmp_path / "second.json"
+    assert quality.main([*training, *known, "--json", str(second)]) == 0
+    found, before = (json.loads(file.read_text()) for file in (second, first))
+    before["methods"]["lora"].pop("peak_memory")  # is measured on the machine itself
+    for part in ("cells", "code", "methods", "paired", "judged", "plan"):
+        assert found[part] == before[part]
+    assert len(found["judged"]) == 6  # with the base, for each subject
+
+    more = Task(CONFIGURATIONS["para"], 103, 0, Plan(samples=2))
+    keep(more, elsewhere, code="new")
+    keep(more.base, elsewhere)
+    grown = [word.replace("101,102", "101,102,103") for word in arguments]
+    assert quality.main([*grown, *known, "--json", str(second)]) == 0
+    found = json.loads(second.read_text())
+    assert found["methods"]["para"]["cells"] == 3
+    assert found["methods"]["lora"]["cells"] == 2
+    assert found["code"] == {"code of lora": 2, "code of para": 2, "new": 1}
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="does not hold cells of this plan: 9 steps"):
+        quality.main([*arguments, *known, "--steps", "9"])
 
 
 def test_steps_on_the_way_are_compared_pair_by_pair(tmp_path, capsys):
