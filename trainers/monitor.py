@@ -11,10 +11,9 @@ from torch import Tensor
 
 from .data import Batch, Example, conditions, stack_masks
 from .denoiser import Denoiser
-from .method import averaged, denoising_loss, generator
+from .method import averaged, generator
 
-TIMESTEPS = 10  # evenly spaced: the centres of as many bins
-BINS = TIMESTEPS
+BINS = 10  # of timesteps
 TEMPERATURE = 1000.0  # T of APT's indicator
 SHARE = 0.1  # of a run's work that its evaluations may take
 ROWS_PER_EXAMPLE = 2.5  # forward passes that a trained example costs, there and back
@@ -242,18 +241,6 @@ def rounds_for(examples_per_step: int, every: int, splits: int) -> int:
     return min(MOST_ROUNDS, max(1, int(rows / (splits * BINS))))
 
 
-def fixed_batches(denoiser: Denoiser, examples: Sequence[Example]) -> Iterator[Batch]:
-    """Yield each example at fixed timesteps with fixed noise; draws nothing from the run."""
-    count = denoiser.timestep_count
-    timesteps = torch.arange(TIMESTEPS) * count // TIMESTEPS + count // (2 * TIMESTEPS)
-    for index, example in enumerate(examples):
-        latents = example.latent.expand(TIMESTEPS, *example.latent.shape)
-        noise = torch.randn(latents.shape, generator=generator(0, 3, index))
-        batch = fixed_batch([example] * TIMESTEPS, latents, noise, timesteps)
-        for part in parts(batch):
-            yield part.to(denoiser.device)
-
-
 def fixed_batch(
     examples: Sequence[Example], latents: Tensor, noise: Tensor, timesteps: Tensor
 ) -> Batch:
@@ -271,14 +258,13 @@ def fixed_batch(
     )
 
 
-@torch.no_grad()
 def stable_loss(denoiser: Denoiser, examples: Sequence[Example]) -> float:
     """Return the mean denoising loss over fixed timesteps and fixed noise, comparable over a run.
 
     Inside `denoiser.prior()` it is the base's.
     """
-    batches = fixed_batches(denoiser, examples)
-    return float(torch.cat([denoising_loss(denoiser, batch) for batch in batches]).mean())
+    probe = Probe.of(examples, denoiser.timestep_count, rounds=len(examples))
+    return float(probe.ask(denoiser).loss.mean())
 
 
 def high_frequency_energy(latents: Tensor) -> Tensor:
@@ -288,34 +274,12 @@ def high_frequency_energy(latents: Tensor) -> Tensor:
 
 
 def log_ratio(grain: Tensor, of_base: Tensor) -> float:
-    """Return the mean log2 of a grain over the base's, (..., BINS), in the lowest bins.
+    """Return the mean log2 of a grain over the base's, (BINS,) each, in the lowest bins.
 
     Higher up the base draws a blur: there, more grain is sharpness, which comes with learning by
     heart, and not what is left of the noise.
     """
-    return float(torch.log2(grain / of_base)[..., :NOISY].mean())
-
-
-@torch.no_grad()
-def grain(denoiser: Denoiser, examples: Sequence[Example]) -> Tensor:
-    """Return the high-frequency energy of the pictures predicted in one step, (N, TIMESTEPS)."""
-    rows = []
-    for batch in fixed_batches(denoiser, examples):
-        noisy = denoiser.noised(batch.latents, batch.noise, batch.timesteps)
-        predicted = denoiser(noisy, batch.timesteps, *batch.conditions)
-        rows.append(high_frequency_energy(denoiser.cleaned(noisy, predicted, batch.timesteps)))
-    return torch.cat(rows).unflatten(0, (-1, TIMESTEPS))
-
-
-def corruption(denoiser: Denoiser, examples: Sequence[Example]) -> float:
-    """Return the log2 of the grain over the base's: 0 as the base, 1 twice the energy.
-
-    Rises and falls again over a run that passes through the corruption stage (arXiv 2405.19931);
-    the measure is ours.
-    """
-    with denoiser.prior():
-        before = grain(denoiser, examples)
-    return log_ratio(grain(denoiser, examples), before)
+    return float(torch.log2(grain / of_base)[:NOISY].mean())
 
 
 def over_fitting(
@@ -324,15 +288,16 @@ def over_fitting(
     """Compare tuned and base network on pictures that were trained on and on others.
 
     At most as many of the first are looked at as there are of the second. Names are those in
-    history.jsonl.
+    history.jsonl; the corruption is in powers of two: 0 as the base, 1 twice its grain.
     """
-    training = training[: len(held_out)]
-    with denoiser.prior():
-        of_base = stable_loss(denoiser, training), stable_loss(denoiser, held_out)
+    rounds = len(held_out)
+    splits = {"train": training[:rounds], "held_out": held_out}
+    found = Examination(denoiser, splits, rounds).evaluate(denoiser, 0)
+    assert found.held_out is not None and found.held_out_of_base is not None
     return {
-        "train_loss": stable_loss(denoiser, training),
-        "train_loss_of_base": of_base[0],
-        "held_out_loss": stable_loss(denoiser, held_out),
-        "held_out_loss_of_base": of_base[1],
-        "corruption": corruption(denoiser, training),
+        "train_loss": found.train,
+        "train_loss_of_base": found.train_of_base,
+        "held_out_loss": found.held_out,
+        "held_out_loss_of_base": found.held_out_of_base,
+        "corruption": math.log2(found.corruption),
     }
