@@ -13,10 +13,11 @@ from . import ROOT
 
 
 @contextmanager
-def comfyui(cpu: bool) -> Iterator[None]:
+def comfyui(cpu: bool, torch_attention: bool = False) -> Iterator[None]:
     """Inside, `import comfy` finds ComfyUI, whose own folders are temporary.
 
     The checkout leaves the path for good: its `nodes/` would hide ComfyUI's `nodes.py`.
+    torch_attention: as with --use-pytorch-cross-attention, which is how it is on a GPU anyway.
     """
     if "comfy" in sys.modules:  # it is here already, in tests
         yield
@@ -28,4 +29,5 @@ def comfyui(cpu: bool) -> Iterator[None]:
     arguments = importlib.import_module("comfy.cli_args").args
     with tempfile.TemporaryDirectory(prefix="personalize-speed-") as folder:
         arguments.cpu, arguments.base_directory = cpu, folder
+        arguments.use_pytorch_cross_attention = torch_attention
         yield

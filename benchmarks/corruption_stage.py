@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from personalize.trainers.artifact import Header, Personalization
@@ -52,11 +52,13 @@ from .gain import interval, machine
 from .options import number, numbers
 from .provenance import code_hash, warn_of_mixed
 from .reports import finite
-from .shift_tables import interval_table, sheet, stacked
+from .shift_tables import COLUMNS, SCALE, interval_table, sheet
 
 BASE = ROOT / "demo" / "pixel_base"
 WORK = ROOT / "benchmarks" / "work" / "corruption_stage"
 HELD_OUT, SAMPLING_STEPS, FIRST, POINTS = 20, 20, 25, 36
+PERIODS = 6  # of a training: each as many times as long as the one before
+SHOWN, EVERY = 9, 3  # samples, and rows of a sheet
 NOISY = 1.5  # of the grainiest training picture's energy
 QUICK = {"seeds": "0", "steps": 100, "samples": 8}
 METRICS = ("distance", "grain", "noisy", "diversity", "predicted")
@@ -104,7 +106,9 @@ class Bench:
         if not file.exists():
             lines, drawn = self.learn(self.method(sigma, seed), self.data(seed))
             file.parent.mkdir(parents=True, exist_ok=True)
-            sheet(torch.cat(drawn)).save(file.with_suffix(".png"))
+            columns = min(COLUMNS, self.samples)
+            page = sheet(torch.cat([each[:columns] for each in drawn]), columns)
+            page.save(file.with_suffix(".png"))
             file.write_text(json.dumps(lines, indent=1) + "\n")
         return json.loads(file.read_text())
 
@@ -124,7 +128,7 @@ class Bench:
             pictures = self.draw(Personalization.of(header, step.learned(), step.index))
             lines.append(stands.as_line() | measured(pictures, known))
             lines[-1] |= {"predicted": stands.corruption, "code": code_hash(BASE)}
-            drawn.append(pictures[:20])
+            drawn.append(pictures)
             told = {key: round(lines[-1][key], 3) for key in METRICS}
             print(method.name, step.index, told, file=sys.stderr, flush=True)
         return lines, drawn
@@ -168,29 +172,59 @@ Trainings = Mapping[str, Sequence[Sequence[Line]]]  # by name: of every seed, th
 
 
 def report(trainings: Trainings) -> dict[str, Any]:
-    """Compare the trainings, over all steps and at each."""
+    """Compare the trainings: over all steps, in every period, and at each step."""
     plain = trainings["plain"]
     every = [line for of in trainings.values() for lines in of for line in lines]
+    periods = {name: by_period(of) for name, of in trainings.items()}
+    others = [name for name in trainings if name != "plain"]
     return {
         "machine": machine(),
         "code": dict(Counter(line["code"] for line in every)),
         "stages": {name: [stage(lines) for lines in of] for name, of in trainings.items()},
-        "paired": {
+        "paired": {f"{name} - plain": compared(trainings[name], plain) for name in others},
+        "by_period": {
+            name: {when: summary(rows) for when, rows in of.items()} for name, of in periods.items()
+        },
+        "paired_by_period": {
             f"{name} - plain": {
-                key: interval([mean(a, key) - mean(b, key) for a, b in zip(of, plain, strict=True)])
-                for key in METRICS
+                when: compared(rows, periods["plain"][when]) for when, rows in periods[name].items()
             }
-            for name, of in trainings.items()
-            if name != "plain"
+            for name in others
         },
         "by_step": {
             name: {
-                key: {int(row[0]["step"]): interval([line[key] for line in row]) for row in rows}
-                for key in METRICS
+                f"{int(row[0]['step'])}": summary([[line] for line in row])
+                for row in zip(*of, strict=True)
             }
             for name, of in trainings.items()
-            for rows in [list(zip(*of, strict=True))]
         },
+    }
+
+
+Rows = Sequence[Sequence[Line]]  # of every seed, some lines
+Intervals = dict[str, tuple[float, float, float]]  # by measure: mean, low and high of 95 %
+
+
+def summary(rows: Rows) -> Intervals:
+    """Return the means of some lines, over seeds."""
+    return {key: interval([mean(lines, key) for lines in rows]) for key in METRICS}
+
+
+def compared(rows: Rows, plain: Rows) -> Intervals:
+    """Return the differences of the means of some lines, over seeds."""
+    both = list(zip(rows, plain, strict=True))
+    return {key: interval([mean(a, key) - mean(b, key) for a, b in both]) for key in METRICS}
+
+
+def by_period(rows: Rows) -> dict[str, Rows]:
+    """Cut every training into periods of as many measured steps, at equal ratios."""
+    places = np.array_split(np.arange(len(rows[0])), PERIODS)
+    return {
+        f"{rows[0][at[0]]['step']:.0f} to {rows[0][at[-1]]['step']:.0f}": [
+            [lines[i] for i in at] for lines in rows
+        ]
+        for at in places
+        if len(at)
     }
 
 
@@ -209,19 +243,34 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines.append(f"- {name}: {', '.join(told)}")
     lines += ["", "Paired differences of the means over all steps [95 % interval over seeds]:", ""]
     lines += interval_table(METRICS, result["paired"])
-    for name, of in result["by_step"].items():
-        rows = {f"{step}": {key: of[key][step] for key in METRICS} for step in of["grain"]}
-        lines += ["", f"{name}, over its steps [95 % interval over seeds]:", ""]
-        lines += interval_table(METRICS, rows)
+    for name, of in result["by_period"].items():
+        lines += ["", f"{name}, period by period of its steps [95 % interval over seeds]:", ""]
+        lines += interval_table(METRICS, of)
+    for name, of in result["paired_by_period"].items():
+        lines += ["", f"{name}, period by period [95 % interval over seeds]:", ""]
+        lines += interval_table(METRICS, of)
     return "\n".join(lines) + "\n"
 
 
 def contact_sheet(bench: Bench, sigmas: Sequence[float | None], seed: int) -> Image.Image:
     """Draw training pictures, and below them every training's samples, a row for each step."""
     known = torch.stack([example.latent for example in bench.data(seed).training])
-    blocks = [sheet(known.repeat(20, 1, 1, 1)[:20])]
-    blocks += [Image.open(bench.file(sigma, seed).with_suffix(".png")) for sigma in sigmas]
-    return stacked(blocks, rows=POINTS)
+    pages = [Image.open(bench.file(sigma, seed).with_suffix(".png")) for sigma in sigmas]
+    side, steps = bench.base.side * SCALE, points(bench.steps)
+    rows = sorted({*range(0, len(steps), EVERY), len(steps) - 1})
+    left, top, wide = 48, side + 40, min(SHOWN, bench.samples) * side
+    page = Image.new("L", (left + len(pages) * (wide + 16), top + len(rows) * side), 255)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    page.paste(sheet(known, len(known)), (left, 0))
+    for row, at in enumerate(rows):
+        draw.text((left - 8, top + (row + 0.5) * side), f"{steps[at]}", 0, font, anchor="rm")
+    for panel, (sigma, shown) in enumerate(zip(sigmas, pages, strict=True)):
+        x = left + panel * (wide + 16)
+        title = "plain" if sigma is None else f"BNN, sigma {sigma:g}"
+        draw.text((x, top - 8), title, 0, font, anchor="ls")
+        for row, at in enumerate(rows):
+            page.paste(shown.crop((0, at * side, wide, (at + 1) * side)), (x, top + row * side))
+    return page
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:

@@ -83,10 +83,10 @@ def with_interval(mean: float, low: float, high: float) -> str:
     return f"{mean:+.4f}" if math.isnan(low) else f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
-def sheet(pictures: Tensor) -> Image.Image:
+def sheet(pictures: Tensor, columns: int = COLUMNS) -> Image.Image:
     """Lay pictures (N, 1, h, w) in [-1, 1] side by side."""
     grey = ((pictures[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte()
-    columns = min(COLUMNS, len(grey))
+    columns = min(columns, len(grey))
     grey = grey[: len(grey) // columns * columns]
     rows = [torch.cat(list(row), 1) for row in grey.split(columns)]
     image = Image.fromarray(torch.cat(rows).numpy())

@@ -15,10 +15,11 @@ on a GPU that waits for Python; `sd15` and `sdxl` are whole.
 Pictures and captions are encoded beforehand for all: diffusers' script runs its encoders in every
 step, which is left out. Stock's node adapts every weight and bias that there is, and ours the
 attention, unless it says otherwise; both have the same rank and dtype. On a CPU, ComfyUI has an
-attention of its own, and the others torch's. The views that APT draws when it sees over-fitting are
-"encoded" by averaging pixels: each costs a picture's preparation more (see costs). A cached APT
-goes through two batches, which its teacher has answered before the clock runs. A ZO step is that of
-zo-high, beside one forward pass of such a network over such a batch.
+attention of its own, and the others torch's; with --torch-attention it has torch's, too. The views
+that APT draws when it sees over-fitting are "encoded" by averaging pixels: each costs a picture's
+preparation more (see costs). A cached APT goes through two batches, which its teacher has answered
+before the clock runs. A ZO step is that of zo-high, beside one forward pass of such a network over
+such a batch.
 
 Memory is what a side needs besides the base's weights, which are the same for all: `kept` from step
 to step (what is learned, and the optimiser's state), and `step`, the peak of all other tensors in a
@@ -220,6 +221,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, help="rounds; default: 30, with --quick 10")
     parser.add_argument("--only", help="comparisons, with commas between; default: all")
     parser.add_argument("--quick", action="store_true", help="pictures of half the size, 10 pairs")
+    parser.add_argument(
+        "--torch-attention", action="store_true", help="for ComfyUI's own node, as on a GPU"
+    )
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args(arguments)
     gpu = options.device != "cpu"
@@ -269,7 +273,7 @@ def comfyui_version() -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and save."""
     options = parsed(arguments)
-    with comfyui(cpu=options.device == "cpu"):
+    with comfyui(options.device == "cpu", options.torch_attention):
         result = run(options)
     words = sys.argv[1:] if arguments is None else arguments
     result["command"] = " ".join(["python -m benchmarks.speed", *words])

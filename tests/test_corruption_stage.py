@@ -39,16 +39,21 @@ def test_a_small_run_is_kept_and_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "WORK", tmp_path / "work")
     monkeypatch.setattr(benchmark, "POINTS", 4)
     monkeypatch.setattr(benchmark, "FIRST", 1)
+    monkeypatch.setattr(benchmark, "PERIODS", 2)
     asked = ["--seeds", "0,1", "--steps", "4", "--samples", "3", "--sigmas", "0.5"]
     files = [f"--json={tmp_path / 'found.json'}", f"--sheet={tmp_path / 'found.png'}"]
     benchmark.main([*asked, *files])
     found = json.loads((tmp_path / "found.json").read_text())
-    grain = {name: of["grain"] for name, of in found["by_step"].items()}
-    assert (
-        set(grain) == {"plain", "bnn 0.5"}
-        and list(grain["plain"]) == ["1", "2", "3", "4"][: len(grain["plain"])]
-    )
-    assert grain["plain"] != grain["bnn 0.5"] and set(found["paired"]) == {"bnn 0.5 - plain"}
+    steps = found["by_step"]
+    assert set(steps) == {"plain", "bnn 0.5"} and list(steps["plain"]) == ["1", "2", "3", "4"]
+    assert steps["plain"] != steps["bnn 0.5"] and set(found["paired"]) == {"bnn 0.5 - plain"}
+    assert list(found["by_period"]["plain"]) == ["1 to 2", "3 to 4"]
+    grain = {when: row["grain"][0] for when, row in found["by_period"]["plain"].items()}
+    by_hand = [sum(steps["plain"][n]["grain"][0] for n in pair) / 2 for pair in ("12", "34")]
+    assert list(grain.values()) == pytest.approx(by_hand)
+    apart = found["paired_by_period"]["bnn 0.5 - plain"]["3 to 4"]["grain"][0]
+    expected = found["by_period"]["bnn 0.5"]["3 to 4"]["grain"][0] - by_hand[1]
+    assert apart == pytest.approx(expected)
     assert Image.open(tmp_path / "found.png").width > 100
     told = (tmp_path / "found.md").read_text()
     assert "seeds 0,1" in told and told in capsys.readouterr().out
@@ -60,5 +65,5 @@ def test_a_small_run_is_kept_and_told(tmp_path, monkeypatch, capsys):
 
     benchmark.main([*asked, *files, "--seeds", "1"])  # alone: means, and no intervals
     alone = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
-    assert alone["by_step"]["plain"]["grain"]["4"][1:] == [None, None]
+    assert alone["by_step"]["plain"]["4"]["grain"][1:] == [None, None]
     assert "nan" not in (tmp_path / "found.md").read_text()
