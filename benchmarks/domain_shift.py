@@ -242,10 +242,11 @@ def contact_sheet(bench: Bench, cells: Cells) -> Image.Image:
     """Draw training pictures, the base's, and the modes' at their best, of the first seed."""
     first = [cells[mode][step][0] for mode, step in best_steps(cells).items()]
     seed = first[0]["seed"]
-    blocks = [sheet(part) for part in (bench.split(seed).training, bench.draw(bench.base, seed))]
+    training, before = bench.split(seed).training, bench.draw(bench.base, seed)
+    blocks = {"training pictures": sheet(training), "base, not tuned": sheet(before)}
     for cell in first:
         file = bench.file(cell["mode"], cell["learning_rate"], seed, cell["step"])
-        blocks.append(Image.open(file.with_suffix(".png")))
+        blocks[f"{cell['mode']}, step {cell['step']}"] = Image.open(file.with_suffix(".png"))
     return stacked(blocks)
 
 

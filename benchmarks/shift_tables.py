@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .tables import markdown_table
@@ -94,12 +94,14 @@ def sheet(pictures: Tensor, columns: int = COLUMNS) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST)
 
 
-def stacked(blocks: Sequence[Image.Image], rows: int = 4) -> Image.Image:
-    """Put the first rows of sheets of one width below each other."""
-    height = rows * blocks[0].width // COLUMNS  # pictures are square
-    gap = 8
-    total = Image.new("L", (blocks[0].width, len(blocks) * (height + gap)), 128)
-    for number, block in enumerate(blocks):
-        part = block.crop((0, 0, block.width, min(height, block.height)))
-        total.paste(part, (0, number * (height + gap)))
-    return total
+def stacked(blocks: Mapping[str, Image.Image], rows: int = 4) -> Image.Image:
+    """Put the first rows of sheets of one width below each other, each under its title."""
+    width = next(iter(blocks.values())).width
+    height, gap = rows * width // COLUMNS, 24  # pictures are square
+    page = Image.new("L", (width, len(blocks) * (height + gap)), 255)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    for number, (title, block) in enumerate(blocks.items()):
+        top = number * (height + gap)
+        draw.text((0, top + gap - 6), title, 0, font, anchor="ls")
+        page.paste(block.crop((0, 0, width, min(height, block.height))), (0, top + gap))
+    return page
