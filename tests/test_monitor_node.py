@@ -88,9 +88,9 @@ def test_a_run_learns_the_very_same_with_a_monitor_and_without(server, run, ever
     "rate, verdict", [(1e-3, "it generalises"), (0.03, "it over-fits: train less")]
 )
 def test_without_a_monitor_what_is_held_out_is_measured_once_at_the_end(server, run, rate, verdict):
-    graph = watched(f"no monitor, {rate}", learning_rate=rate)
+    graph = watched(f"no monitor {rate}", learning_rate=rate)
     summary = run(graph).texts(str(len(graph)))[0]
-    line = history(folder_of(server, f"no monitor, {rate}"))[-1]
+    line = history(folder_of(server, f"no monitor {rate}"))[-1]
     base, tuned = line["held_out_loss_of_base"], line["held_out_loss"]
     said = f"On the pictures held out: loss {tuned:.4f}, the base's {base:.4f}: {verdict}"
     assert said in summary
