@@ -91,10 +91,11 @@ def test_a_step_takes_no_number_that_apples_devices_do_not_know(name, monkeypatc
     assert torch.float32 in Widths.found and torch.float64 not in Widths.found
 
 
-def test_a_caption_is_known_that_comes_late_and_is_long():
+@pytest.mark.parametrize("chunks", [5, 12])
+def test_a_caption_is_known_that_comes_late_and_is_long(chunks):
     data, method = tiny_data(20), make(METHODS["lora"], batch_size=1, steps=20)
     (last,) = Draws(method.settings.seed, 19, 0, 1).examples(data.training, 1)
-    long = dataclasses.replace(last, context=noise(5 * 77, last.context.shape[1]))
+    long = dataclasses.replace(last, context=noise(chunks * 77, last.context.shape[1]))
     late = tuple(long if example is last else example for example in data.training)
     estimate = needed(method, tiny_denoiser(), dataclasses.replace(data, training=late))
     held = measured(method, tiny_denoiser(), dataclasses.replace(data, training=late), steps=20)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 NO_POOLED = torch.zeros(0)  # of text encoders that give no pooled text
@@ -222,11 +221,15 @@ def words_of(examples: Sequence[Example]) -> Tensor:
     Column n is the text's n-th word, wherever the text is repeated to the batch's length, and 0
     beyond its last; padding is in no column.
     """
+    lengths = [len(example.context) for example in examples]
     chosen = [
-        torch.eye(len(e.context))[:, slice(None) if e.words is None else e.words] for e in examples
+        torch.arange(length) if e.words is None else e.words.nonzero()[:, 0]
+        for e, length in zip(examples, lengths, strict=True)
     ]
-    most = max(words.shape[1] for words in chosen)
-    return stack_contexts([F.pad(words, (0, most - words.shape[1])) for words in chosen])
+    found = torch.zeros(len(examples), math.lcm(*lengths), max(map(len, chosen)))
+    for of_text, places, length in zip(found, chosen, lengths, strict=True):
+        of_text.unflatten(0, (-1, length))[:, places, torch.arange(len(places))] = 1
+    return found
 
 
 def stack_contexts(contexts: list[Tensor]) -> Tensor:
