@@ -49,7 +49,7 @@ from personalize.trainers.verdict import corruption_stage
 from . import ROOT
 from .digits import READER, digits
 from .gain import interval, machine
-from .options import number, numbers
+from .options import command, number, numbers, read
 from .provenance import code_hash, warn_of_mixed
 from .reports import finite
 from .shift_tables import COLUMNS, SCALE, interval_table, sheet
@@ -274,12 +274,8 @@ def contact_sheet(bench: Bench, sigmas: Sequence[float | None], seed: int) -> Im
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; what it gives counts more than what --quick stands for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.corruption_stage",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Read the command line."""
+    parser = command("corruption_stage", __doc__)
     parser.add_argument("--seeds", default="0,1,2", help="of pictures and training")
     parser.add_argument("--images", type=number(2, 50), default=5)
     parser.add_argument("--samples", type=number(2, 1000), default=40)
@@ -287,12 +283,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sigmas", default="0.01,0.03", help="of BNN's weights")
-    parser.add_argument("--quick", action="store_true", help="to see it work")
-    parser.add_argument("--json", type=Path, help="also writes the tables beside it, as .md")
-    parser.add_argument("--sheet", type=Path, help="a picture of samples")
-    if parser.parse_args(arguments).quick:
-        parser.set_defaults(**QUICK)
-    return parser.parse_args(arguments)
+    return read(parser, arguments, QUICK)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -52,7 +52,7 @@ from . import ROOT
 from .digits import COUNT, READER, Reader, Split, digits
 from .distances import fid, kid, nearest
 from .gain import interval, machine
-from .options import number, numbers
+from .options import command, number, numbers, read
 from .provenance import code_hash, warn_of_mixed
 from .reports import finite
 from .shift_tables import METRICS, markdown, sheet, stacked
@@ -254,23 +254,14 @@ def contact_sheet(bench: Bench, cells: Cells) -> Image.Image:
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; what it gives counts more than what --quick stands for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.domain_shift",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Read the command line."""
+    parser = command("domain_shift", __doc__)
     parser.add_argument("--seeds", default="0,1,2", help="of the split, the training, the samples")
     parser.add_argument("--images", type=number(2, MOST), default=200, help="in every set")
     parser.add_argument("--steps", default="200,400,800,1600", help="to measure at")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--modes", default=",".join(MODES))
-    parser.add_argument("--quick", action="store_true", help="to see it work: no search, few steps")
-    parser.add_argument("--json", type=Path, help="also writes the table beside it, as .md")
-    parser.add_argument("--sheet", type=Path, help="a picture of samples")
-    if parser.parse_args(arguments).quick:
-        parser.set_defaults(**QUICK)
-    return parser.parse_args(arguments)
+    return read(parser, arguments, QUICK)
 
 
 def main(arguments: list[str] | None = None) -> None:

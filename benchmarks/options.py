@@ -1,7 +1,9 @@
 """What command lines are made of."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 
 def numbers(text: str) -> list[int]:
@@ -19,3 +21,25 @@ def number(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def command(name: str, about: str | None) -> argparse.ArgumentParser:
+    """Make the parser of a benchmark that writes tables and a picture, and has a small version."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="a small version, to see it work")
+    parser.add_argument("--json", type=Path, help="also writes the tables beside it, as .md")
+    parser.add_argument("--sheet", type=Path, help="a picture of samples")
+    return parser
+
+
+def read(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], quick: Mapping[str, Any]
+) -> argparse.Namespace:
+    """Read a command line; what it gives counts more than what --quick stands for."""
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(**quick)
+    return parser.parse_args(arguments)
