@@ -164,8 +164,8 @@ def spread(pictures: Tensor) -> Tensor:
 
 def stage(lines: Sequence[Line]) -> tuple[int, float] | None:
     """Return step and height of the hump that the monitor would find; None where it finds none."""
-    read = [replace(Evaluation.from_line(line), grain=line["grain"]) for line in lines]
-    return corruption_stage(read)
+    evaluations = [replace(Evaluation.from_line(line), grain=line["grain"]) for line in lines]
+    return corruption_stage(evaluations)
 
 
 Trainings = Mapping[str, Sequence[Sequence[Line]]]  # by name: of every seed, the lines
