@@ -136,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
         "--methods",
         help="instead of the main ones, and LoRA; what is compared at equal similarity needs "
         f"lora-slow and lora-fast too. Of: {', '.join(CONFIGURATIONS)}; with other settings: "
-        "lora@rank=2+learning_rate=1e-4",
+        "bnn@sigma=0.1+learning_rate=1e-4, which goes beside lora@learning_rate=1e-4",
     )
     parser.add_argument("--ablations", action="store_true", help="the variants of methods as well")
     parser.add_argument("--steps", type=int, default=Plan.steps, help="training steps")
@@ -191,13 +191,15 @@ def default_servers() -> int:
 
 
 def chosen(options: argparse.Namespace) -> list[str]:
-    """Return the names of the rows to compute; the baseline always."""
+    """Return the names of the rows to compute; the baseline too, unless with other settings."""
     default = [*MAIN, *(ABLATIONS if options.ablations else ())]
     names = options.methods.split(",") if options.methods else default
     unknown = [name for name in names if name.partition("@")[0] not in CONFIGURATIONS]
     if unknown:
         raise SystemExit(f"--methods: no {', '.join(unknown)}; of: {', '.join(CONFIGURATIONS)}")
-    return [name for name in dict.fromkeys([BASELINE, *names]) if name != BASE]
+    if not any(name.startswith(f"{BASELINE}@") for name in names):
+        names = [BASELINE, *names]
+    return [name for name in dict.fromkeys(names) if name != BASE]
 
 
 def compute(tasks: Tasks, cache: Path, servers: int) -> list[str]:

@@ -134,9 +134,20 @@ def of_each_name(tasks: Tasks) -> dict[str, Task]:
 def pairs(table: Table) -> list[tuple[str, str]]:
     """Return who is compared with whom: all with the baseline, then with what each varies."""
     names = [name for name in table if name not in (BASE, BASELINE)]
-    variants = [(name, configuration(name).against) for name in names]
     with_baseline = [(name, BASELINE) for name in names if BASELINE in table]
-    return with_baseline + [pair for pair in variants if pair[1] in table.keys() - {BASELINE}]
+    others = {name: table.keys() - {BASELINE, name} for name in names}
+    variants = [(name, other) for name in names for other in rivals(name) if other in others[name]]
+    return with_baseline + variants
+
+
+def rivals(name: str) -> list[str]:
+    """Return what a row varies; for `bnn@sigma=0`, bnn, and what bnn varies so changed itself.
+
+    What is not in the table is left out there.
+    """
+    row, _, changes = name.partition("@")
+    varied = [configuration(name).against]
+    return [*varied, f"{configuration(row).against}@{changes}"] if changes else varied
 
 
 def differences(table: Table) -> dict[str, Any]:

@@ -216,6 +216,18 @@ def test_every_row_is_compared_with_what_it_varies():
     }
 
 
+def test_a_changed_row_is_compared_with_what_it_varies_with_and_without_the_change():
+    names = ("lora@rank=2", "bnn-0@rank=2", "bnn@rank=2", "bnn", "bnn@sigma=0.1", "apt@rank=4")
+    found = reports.differences({name: LADDER["lora"] for name in (BASE, *names)})
+    assert not found["paired"]
+    assert found["variants"].keys() == {
+        "bnn-0@rank=2 - lora@rank=2",
+        "bnn@rank=2 - bnn",
+        "bnn@rank=2 - bnn-0@rank=2",
+        "bnn@sigma=0.1 - bnn",
+    }
+
+
 def test_the_indicator_is_averaged_over_runs_at_parts_of_their_length():
     histories = [
         [{"step": step, "gamma_0": step * slope, "gamma_1": 0.0} for step in range(1, 21)]
@@ -350,6 +362,13 @@ def fake_table(tmp_path, names=(BASE, BASELINE, "para")) -> list[str]:
     memory.write_text('{"peak_memory": 5000000}')
     command = f"--only-kept --cache {tmp_path} --subjects 101,102 --seeds 0 --samples 2"
     return [*command.split(), "--methods", "lora,para"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows"), [("para", ["lora", "para"]), ("lora@rank=2,para", ["lora@rank=2", "para"])]
+)
+def test_the_baseline_is_there_once_with_or_without_other_settings(asked, rows):
+    assert quality.chosen(quality.parsed(["--methods", asked])) == rows
 
 
 def test_the_json_holds_what_it_promises(tmp_path, capsys):
