@@ -207,8 +207,15 @@ def train(worker: Worker, task: Task, folder: Path) -> dict[str, float | None]:
 
 def memory_file(task: Task, cache: Path) -> Path:
     """Return where a configuration's peak memory is kept: it is the same for every subject."""
-    plan = replace(task.plan, steps=MEMORY_STEPS, trajectory=())
-    return cache / "memory" / f"{replace(task, plan=plan, subject=0, seed=0).key}.json"
+    return cache / "memory" / f"{replace(few_steps(task), subject=0, seed=0).key}.json"
+
+
+def few_steps(task: Task) -> Task:
+    """Return a cell's training as its memory is measured.
+
+    Nothing is held out: pictures as small as these are asked about in greater batches at the end.
+    """
+    return replace(task, plan=replace(task.plan, steps=MEMORY_STEPS, trajectory=(), held_out=0))
 
 
 def measure_memory(task: Task, cache: Path) -> None:
@@ -218,12 +225,11 @@ def measure_memory(task: Task, cache: Path) -> None:
     in what that kept. Nothing is measured where the system does not tell.
     """
     kept = memory_file(task, cache)
-    plan = replace(task.plan, steps=MEMORY_STEPS, trajectory=())
     with workers(1) as (worker,):
         known, pid = worker.comfy.object_info(), worker.server.pid
         worker.comfy.run(fill_defaults(ready(), known))
         before = reset_peak_memory(pid)
-        worker.comfy.run(fill_defaults(training(replace(task, plan=plan), known), known))
+        worker.comfy.run(fill_defaults(training(few_steps(task), known), known))
         if before is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps({"peak_memory": peak_memory(pid) - before}))

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+from personalize.trainers import monitor
 from personalize.trainers.edits import to_tensors
 from personalize.trainers.loop import adapt, train
 from personalize.trainers.method import generator
@@ -15,7 +16,6 @@ from personalize.trainers.methods.dreambooth import DreamBooth
 from personalize.trainers.methods.lora import LoRA
 from personalize.trainers.monitor import (
     BINS,
-    LATENTS_AT_ONCE,
     ROW,
     ROWS_PER_EXAMPLE,
     SHARE,
@@ -30,7 +30,7 @@ from personalize.trainers.monitor import (
     spacing,
     stable_loss,
 )
-from tests.tiny import SIDE, make, noise, run, same, tiny_data, tiny_denoiser
+from tests.tiny import SIDE, example, make, noise, run, same, tiny_data, tiny_denoiser
 
 
 def test_it_is_the_same_number_every_time_and_draws_nothing():
@@ -170,16 +170,20 @@ def test_all_pictures_are_asked_about_equally_and_take_turns_in_every_bin(count)
     assert (batch.timesteps * BINS // 1000).tolist() == [r % BINS for r in range(rounds * BINS)]
 
 
-def test_asking_in_pieces_gives_the_same_answer():
+def test_asking_in_pieces_gives_the_same_answer(monkeypatch):
     data, denoiser = tiny_data(count=2), tiny_denoiser()
     whole = Probe.of(data.training, 1000, 2).ask(denoiser)
-    from personalize.trainers import monitor
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(monitor, "LATENTS_AT_ONCE", 3 * SIDE * SIDE)  # 3 rows at a time
-        pieces = Probe.of(data.training, 1000, 2).ask(denoiser)
+    monkeypatch.setattr(monitor, "LATENTS_AT_ONCE", 3 * SIDE * SIDE)  # 3 rows at a time
+    pieces = Probe.of(data.training, 1000, 2).ask(denoiser)
     assert torch.allclose(whole.loss, pieces.loss, rtol=1e-5)
-    assert LATENTS_AT_ONCE >= 64 * 64  # a row of SD 1.5 at least
+
+
+@pytest.mark.parametrize(("side", "most"), [(16, 16), (64, 1), (128, 1)])
+def test_what_does_not_fit_beside_one_picture_of_sd15_is_asked_about_alone(side, most):
+    """So that watching a run at batch 1 needs no more memory than the run."""
+    (batch,) = Probe.of([example(0, side, side)], 1000, 2).batches
+    sizes = [len(part.latents) for part in monitor.parts(batch)]
+    assert max(sizes) == most and sum(sizes) == 2 * BINS
 
 
 def test_the_base_is_at_zero_everywhere():
@@ -267,7 +271,7 @@ def test_large_pictures_are_asked_about_a_few_at_a_time(monkeypatch):
     data, denoiser, asked = tiny_data(), tiny_denoiser(), []
     whole = over_fitting(denoiser, data.training, data.training)
     denoiser.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
-    monkeypatch.setattr("personalize.trainers.monitor.LATENTS_AT_ONCE", 4 * 8 * 8)
+    monkeypatch.setattr(monitor, "LATENTS_AT_ONCE", 4 * 8 * 8)
     parts = over_fitting(denoiser, data.training, data.training)
     assert parts == pytest.approx(whole, rel=1e-5) and set(asked) == {2, 4}
 

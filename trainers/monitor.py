@@ -23,7 +23,7 @@ EVALUATIONS, FEWEST = 20, 8  # of a run, where the user leaves it to us
 LARGEST = 1e15  # of the numbers in a history
 BINNED = ("_bins", "gamma")  # how names of values of every bin end
 NOISY = 3  # lowest bins, where corruption is looked for
-LATENTS_AT_ONCE = 4 * 64 * 64  # places in the latents of one forward pass: four SD 1.5 pictures
+LATENTS_AT_ONCE = 64 * 64  # places in the latents of one forward pass: one SD 1.5 picture
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -201,7 +201,7 @@ class Probe:
 
 
 def parts(batch: Batch) -> Iterator[Batch]:
-    """Cut a batch into pieces that take little memory."""
+    """Cut a batch into pieces that take no more memory than a training's smallest step."""
     size = max(1, LATENTS_AT_ONCE // batch.latents[0, 0].numel())
     for start in range(0, len(batch.latents), size):
         tensors: dict[str, Any] = {
