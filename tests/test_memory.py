@@ -72,6 +72,13 @@ def test_the_memory_that_a_run_needs_is_known_before(name, checkpointing, how):
     assert estimate == pytest.approx(measured(method, denoiser, data, steps), rel=0.05)
 
 
+def test_the_memory_of_large_random_weights_is_known_before(monkeypatch):
+    monkeypatch.setattr("personalize.trainers.methods.bnn.DRAWN_ON_CPU", 0)
+    method, denoiser, data = make(METHODS["bnn"], over="full"), tiny_denoiser(), tiny_data()
+    estimate = needed(method, denoiser, data)
+    assert estimate == pytest.approx(measured(method, denoiser, data), rel=0.05)
+
+
 class Widths(Rehearsal):
     """Note the kinds of numbers that a step asks a device for."""
 

@@ -258,6 +258,8 @@ class Gaussian(nn.Module):
 
         Small parameters get the same on all devices; for large ones the CPU would take too long.
         """
+        if self.sigma.is_meta:  # no generator there, and no numbers
+            return torch.empty_like(self.sigma)
         source = generator(seed, STREAM, self.index)
         device = self.sigma.device if self.sigma.numel() > DRAWN_ON_CPU else source.device
         if device != source.device:
