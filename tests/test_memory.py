@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from benchmarks.configurations import BASE, CONFIGURATIONS, Configuration
 from benchmarks.servers import peak_memory, reset_peak_memory
 from personalize.nodes import room
 from personalize.nodes import session as node
@@ -31,6 +32,7 @@ from tests.published import ROOT
 from tests.sessions import interrupt, session, show
 from tests.test_unconditional import pictures, tiny_base
 from tests.tiny import (
+    WIDTH,
     example,
     make,
     mixed_data,
@@ -77,6 +79,32 @@ def test_the_memory_of_large_random_weights_is_known_before(monkeypatch):
     method, denoiser, data = make(METHODS["bnn"], over="full"), tiny_denoiser(), tiny_data()
     estimate = needed(method, denoiser, data)
     assert estimate == pytest.approx(measured(method, denoiser, data), rel=0.05)
+
+
+def kinds() -> dict[str, Configuration]:
+    """Return the benchmark's rows that are more than other numbers (0 aside) of one before."""
+    rows = {}
+    for name, row in CONFIGURATIONS.items():
+        words = ((k, v if isinstance(v, str) else bool(v)) for k, v in row.settings.items())
+        rows.setdefault((row.method, *words), name)
+    return {name: CONFIGURATIONS[name] for name in rows.values() if name != BASE}
+
+
+@pytest.mark.parametrize("row", kinds().values(), ids=kinds())
+def test_every_kind_of_training_is_known_on_layers_as_wide_as_a_real_bases(row):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 1280),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=8,
+            cross_attention_dim=WIDTH,
+        )
+    denoiser = Denoiser(unet.requires_grad_(False), sd_alphas(), "epsilon")
+    settings = {k: v for k, v in row.settings.items() if k != "learning_rate"}
+    own = sum(p.nbytes for p in unet.parameters())
+    assert own < needed(make(METHODS[row.method], **settings), denoiser, tiny_data()) < 8 * own
 
 
 class Widths(Rehearsal):
