@@ -49,7 +49,7 @@ ATTENTION = {"learning_rate": 2e-4}  # tried on the first: this (.48)
 # losses of the demo base are ten times those of Stable Diffusion. Tried at 50: 2e-3 (.41)
 APT = LORA | {"temperature": 50.0, "pad": "edge"}
 OFT = {"learning_rate": 1e-3, "over": "oft"}  # tried: this (.36)
-ZO = LORA | {"zo_learning_rate": 5e-5}  # tried: this, and 0 (.49 both)
+ZO = LORA | {"zo_learning_rate": 5e-5}  # tried: this, and 0 (.49 both); 1e-1 breaks
 
 MAIN = {
     BASE: Configuration(""),

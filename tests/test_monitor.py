@@ -180,7 +180,7 @@ def test_asking_in_pieces_gives_the_same_answer(monkeypatch):
 
 @pytest.mark.parametrize(("side", "most"), [(16, 16), (64, 1), (128, 1)])
 def test_what_does_not_fit_beside_one_picture_of_sd15_is_asked_about_alone(side, most):
-    """So that watching a run at batch 1 needs no more memory than the run."""
+    """So that watching a run on such pictures needs no more memory than the run, at batch 1."""
     (batch,) = Probe.of([example(0, side, side)], 1000, 2).batches
     sizes = [len(part.latents) for part in monitor.parts(batch)]
     assert max(sizes) == most and sum(sizes) == 2 * BINS

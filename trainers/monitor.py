@@ -201,7 +201,7 @@ class Probe:
 
 
 def parts(batch: Batch) -> Iterator[Batch]:
-    """Cut a batch into pieces that take no more memory than a training's smallest step."""
+    """Cut a batch into pieces: one picture of 64 x 64 latents or more, or as many as fill that."""
     size = max(1, LATENTS_AT_ONCE // batch.latents[0, 0].numel())
     for start in range(0, len(batch.latents), size):
         tensors: dict[str, Any] = {
