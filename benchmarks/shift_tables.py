@@ -27,16 +27,15 @@ FACTS = {  # of a training: heading, and how it is written
 COLUMNS, SCALE = 20, 3  # of a sheet; pixels of a pixel
 
 
+WHEN = {
+    "best": "Each mode at its best step, the one with the lowest KID to held-out pictures:",
+    "last": "Each mode at its last step:",
+}
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """Write the tables."""
     said, by_step = result["settings"], result["kid_by_step"] | result["paired_by_step"]
-    heads = [*(head for head, _ in FACTS.values()), *METRICS.values(), "like a digit"]
-    how = {key: how for key, (_, how) in FACTS.items()}
-    how |= dict.fromkeys(METRICS, ".4f") | {"confidence": ".3f"}
-    rows = [
-        [name, *(f"{row[key]:{spec}}" if key in row else "" for key, spec in how.items())]
-        for name, row in (result["references"] | result["table"]).items()
-    ]
     lines = [
         "# A3FT's table 1, from drawn glyphs to scanned digits",
         "",
@@ -46,26 +45,42 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{said['seeds']}; {result['machine']}. The classifier reads "
         f"{result['classifier_accuracy']:.1%} of the digits that it was not trained on.",
         "",
-        "Each mode at its best step, the one with the lowest KID to held-out pictures:",
-        "",
-        *markdown_table(["", *heads], rows),
-        "",
-        "Paired differences of these, mean [95 % interval over seeds]; less is better but for the "
-        "distance to the nearest training picture, where less is closer to memorising:",
-        "",
-        *interval_table(list(METRICS.values()), result["paired"]),
-        "",
+    ]
+    for when, title in WHEN.items():
+        lines += [
+            title,
+            "",
+            *mean_table(result["references"] | result["table"][when]),
+            "",
+            "Paired differences of these, mean [95 % interval over seeds]; less is better but for "
+            "the distance to the nearest training picture, where less is closer to memorising:",
+            "",
+            *interval_table(list(METRICS.values()), result["paired"][when]),
+            "",
+        ]
+    lines += [
         "KID to held-out pictures at every step, mean [95 % interval over seeds]:",
         "",
         *interval_table([f"step {step}" for step in next(iter(by_step.values()))], by_step),
-        "",
-        "Learning rates tried (lowest KID on pictures that are in no other set):",
-        "",
     ]
+    if result["sweep"]:
+        lines += ["", "Learning rates tried (lowest KID on pictures that are in no other set):", ""]
     for mode, found in result["sweep"].items():
         tried = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in found.items())
         lines.append(f"- {mode}: {tried}")
     return "\n".join(lines) + "\n"
+
+
+def mean_table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the lines of a table of means; what is not a training has no step and no rate."""
+    heads = [*(head for head, _ in FACTS.values()), *METRICS.values(), "like a digit"]
+    how = {key: how for key, (_, how) in FACTS.items()}
+    how |= dict.fromkeys(METRICS, ".4f") | {"confidence": ".3f"}
+    written = [
+        [name, *(f"{row[key]:{spec}}" if key in row else "" for key, spec in how.items())]
+        for name, row in rows.items()
+    ]
+    return markdown_table(["", *heads], written)
 
 
 def interval_table(

@@ -205,8 +205,10 @@ def test_every_mode_is_compared_at_its_best_step_and_all_at_every_step(bench):
     }
     assert domain_shift.best_steps(cells) == {"a3ft": 1, "naive": 2}
     found = domain_shift.report(bench, cells, {})
-    assert found["table"]["naive"]["kid_held_out"] == pytest.approx(0.6)
-    mean, low, high = found["paired"]["a3ft - naive"]["kid_held_out"]
+    assert found["table"]["best"]["naive"]["kid_held_out"] == pytest.approx(0.6)
+    assert found["table"]["last"]["a3ft"]["kid_held_out"] == pytest.approx(0.9)
+    assert found["paired"]["last"]["a3ft - naive"]["gap"][0] == pytest.approx(0.3)
+    mean, low, high = found["paired"]["best"]["a3ft - naive"]["kid_held_out"]
     expected = stats.ttest_rel([0.5, 0.4], [0.7, 0.5]).confidence_interval(0.95)
     assert (mean, low, high) == pytest.approx((-0.15, expected.low, expected.high))
     assert found["kid_by_step"]["a3ft"][2] == pytest.approx((0.9, 0.9, 0.9))
@@ -223,12 +225,33 @@ def test_the_command_measures_all_modes_and_tells_how_it_was_called(monkeypatch,
     domain_shift.main([*arguments, "--sheet", str(tmp_path / "t.png")])
     found = json.loads((tmp_path / "t.json").read_text())
     assert found["command"].startswith("python -m benchmarks.domain_shift --quick --steps 1 ")
-    learned = {mode: row["learned_parameters"] for mode, row in found["table"].items()}
+    learned = {mode: row["learned_parameters"] for mode, row in found["table"]["last"].items()}
     assert learned["attention"] < learned["a3ft"] < learned["naive"]
     text = (tmp_path / "t.md").read_text()
     assert text.rstrip() == capsys.readouterr().out.rstrip()
-    assert all(text.count(f"\n| {mode} | ") == 2 for mode in domain_shift.MODES)
-    assert text.count("\n| a3ft - attention | ") == 2 and "| real digits |" in text
+    assert all(text.count(f"\n| {mode} | ") == 3 for mode in domain_shift.MODES)
+    assert text.count("\n| a3ft - attention | ") == 3 and "| real digits |" in text
     assert str(tmp_path) not in json.dumps(found["cells"])
     blocks = np.asarray(Image.open(tmp_path / "t.png")).reshape(5, 24 + 4 * 48, 960)
     assert all(title.min() < 128 for title in blocks[:, :24])
+
+
+@pytest.mark.parametrize("given", [["--learning-rate", "3e-4"], []])
+def test_one_rate_for_all_modes_is_not_searched(given, bench, monkeypatch, tmp_path):
+    """Without it each mode has its best."""
+    rates = {"attention": 3e-4, "naive": 3e-4} if given else {"attention": 2e-3, "naive": 2e-5}
+
+    def measured(self, mode, rate, seed, steps):
+        kid_held_out = abs(np.log(rate / rates[mode]))
+        more = {"step": 1, "learning_rate": rate, "learned_parameters": 1, "mode": mode}
+        return [cell(seed, kid_held_out) | more for _ in steps]
+
+    monkeypatch.setattr(Bench, "cells", measured)
+    monkeypatch.setattr(domain_shift, "SAMPLING_STEPS", 1)
+    arguments = ["--images", "20", "--steps", "1", "--seeds", "0", "--modes", "attention,naive"]
+    domain_shift.main([*arguments, *given, "--json", str(tmp_path / "r.json")])
+    found = json.loads((tmp_path / "r.json").read_text())
+    used = {mode: row["learning_rate"] for mode, row in found["table"]["last"].items()}
+    assert used == rates
+    assert bool(found["sweep"]) != bool(given)
+    assert ("Learning rates tried" in (tmp_path / "r.md").read_text()) != bool(given)

@@ -11,10 +11,8 @@ from benchmarks.gain import interval
 
 
 def test_who_is_confused_with_whom_shows(monkeypatch):
-    monkeypatch.setattr(together, "said", lambda name: ["a totem"] * 4)
-    right = {
-        name: drawn(subject, 4) for name, subject in zip(together.NAMES, (101, 102), strict=True)
-    }
+    monkeypatch.setattr(together, "expected", lambda: ["a totem"] * 4)
+    right = {str(subject): drawn(subject, 4) for subject in (101, 102)}
     swapped = dict(zip(right, reversed(right.values()), strict=True))
     found = together.scores({"right": right, "swapped": swapped}, (101, 102))
     assert found["right"]["own"] > 0.8 > 0.5 > found["right"]["other"]
