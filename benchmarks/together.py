@@ -56,6 +56,7 @@ class Training:
 
     seed: int
     steps: int
+    rank: int
     layers: str  # that learn
     prior: int  # pictures of the class, drawn by the base
     called: Sequence[str]  # what each subject is called: a name and a class
@@ -99,7 +100,7 @@ def models(
             kind = {"para": "PersonalizeTrainPaRa", "lora": "PersonalizeTrainLoRA"}[how.method]
             more = {"name": f"{row} {subject} {training.seed}", "seed": training.seed}
             more |= {"steps": training.steps, "batch_size": 2}
-            more |= {**how.settings, "layers": training.layers}
+            more |= {**how.settings, "rank": training.rank, "layers": training.layers}
             trained += [graph.add(kind, model=(base, 0), data=(data, 0), **more)]
 
     def together(row: str, how: str) -> Output:
@@ -196,6 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", default="101:102,103:104,105:106,107:108", help="of subjects")
     parser.add_argument("--seeds", default="0", help="of training and sampling")
     parser.add_argument("--steps", type=int, default=200, help="training steps")
+    parser.add_argument("--rank", type=int, default=4, help="of PaRa and of the LoRA")
     parser.add_argument("--layers", default="all but cross-attention", help="that learn")
     parser.add_argument("--called", default=CALLED, help="a name and a class for each subject")
     parser.add_argument("--prior", type=int, default=0, help="pictures of the class, by the base")
@@ -209,7 +211,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     def one(worker: Worker, task: tuple[list[int], int]) -> tuple[dict[str, Any], Rows]:
         subjects, seed = task
-        training = Training(seed, options.steps, options.layers, options.prior, called)
+        training = Training(
+            seed, options.steps, options.rank, options.layers, options.prior, called
+        )
         rows = sampled(worker.comfy, subjects, training)
         return {"subjects": subjects, "seed": seed, "scores": scores(rows, subjects)}, rows
 
@@ -229,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.sheet:
         subjects, seed = tasks[0]
         first = pictures[str(subjects), seed]
-        heads = [text for name in called for text in prompts(name)]
+        heads = [f"a {name}, {background}" for name in called for background in BACKGROUNDS]
         shown = {way: torch.cat([x[::SAMPLES] for x in of.values()]) for way, of in first.items()}
         training = torch.cat([drawn(subject, 3) for subject in subjects])
         sheet(shown, training, heads).save(options.sheet, optimize=True)

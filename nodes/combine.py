@@ -1,4 +1,4 @@
-"""Several personalisations in one MODEL: rank reductions first, as one, then what is added."""
+"""Several personalisations in one MODEL: rank reductions as one, then rotations, then the rest."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..trainers.artifact import Personalization
-from ..trainers.edits import WAYS, CombinedReduction, Edit, RankReduction, combine, of_weights
+from ..trainers.edits import (
+    WAYS,
+    CombinedReduction,
+    Edit,
+    RankReduction,
+    Rotation,
+    combine,
+    of_weights,
+)
 from ..trainers.errors import InputError, brief, printable
 from .bridge import PREFIX, own_weights
 from .load import STRENGTH, add_edits, fitting_edits, site_names, title
@@ -33,7 +41,7 @@ class Combine(io.ComfyNode):
             description="Puts several subjects into one model: PaRa's reductions are merged (Chen "
             "et al. 2025: one after the other; ours: concat), and LoRAs are added after them, "
             "whatever the order of the inputs, because a reduction takes away what a LoRA added "
-            "before.",
+            "before. OFT turns what is left before anything is added to it.",
             search_aliases=["merge personalizations", "merge lora", "merge para", "two subjects"],
             inputs=[
                 io.Model.Input("model", tooltip="The base they were trained on, or one like it."),
@@ -73,11 +81,12 @@ def combined(
     """Return a clone of MODEL with all that was learned, and a text of what was done.
 
     learned: by the name of the input that it came from. Raises InputError when one does not fit
-    this base, when one changes more than weights, or when the reductions leave nothing of a layer.
+    this base, when one changes more than weights, or when concat leaves nothing of a layer.
     """
     edits = {name: weight_edits(model, name, one) for name, one in learned.items()}
     reductions, added = split(edits)
-    check_ranks(reductions, model)
+    if how == "concat":
+        check_ranks(reductions, model)
     merged = {site: combine(of_site, how) for site, of_site in reductions.items()}
     patched = model.clone()
     for change in (merged, *added.values()):
@@ -99,7 +108,10 @@ def weight_edits(model: ModelPatcher, name: str, learned: Personalization) -> di
 
 
 def split(edits: Mapping[str, dict[str, Edit]]) -> tuple[Reductions, dict[str, dict[str, Edit]]]:
-    """Return the reductions of all inputs by site, and the other edits of every input."""
+    """Return the reductions of all inputs by site, and the other edits of every input.
+
+    The others are in the order in which they act: what turns a weight, then what is added to it.
+    """
     reductions: Reductions = {}
     added: dict[str, dict[str, Edit]] = {}
     for name, of_input in edits.items():
@@ -108,11 +120,16 @@ def split(edits: Mapping[str, dict[str, Edit]]) -> tuple[Reductions, dict[str, d
                 reductions.setdefault(site, []).append(edit)
             else:
                 added.setdefault(name, {})[site] = edit
-    return reductions, added
+    return reductions, dict(sorted(added.items(), key=lambda item: not turns(item[1])))
+
+
+def turns(edits: Mapping[str, Edit]) -> bool:
+    """Tell whether edits turn weights, as OFT does, and add nothing."""
+    return all(isinstance(edit, Rotation) for edit in edits.values())
 
 
 def check_ranks(reductions: Reductions, model: ModelPatcher) -> None:
-    """Raise InputError when several subjects together ask for a whole layer."""
+    """Raise InputError when several subjects, all of whose directions go, ask for a whole layer."""
     names, own = site_names(model), own_weights(model)
     for site, of_site in reductions.items():
         ranks, width = [r.basis.shape[1] for r in of_site], len(own[names[site]])
@@ -120,7 +137,8 @@ def check_ranks(reductions: Reductions, model: ModelPatcher) -> None:
             raise InputError(
                 "personalized",
                 f"gives up {' + '.join(map(str, ranks))} output directions of {site}, which has "
-                f"{width}; combine fewer subjects, or train them with a lower rank.",
+                f"{width}; combine fewer subjects, set 'how' to sequential, or train them with a "
+                "lower rank.",
             )
 
 

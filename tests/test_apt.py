@@ -843,11 +843,12 @@ def test_a_base_without_attention_in_its_decoder_is_refused():
 def test_noise_over_a_lora_that_would_hardly_feel_it_is_refused():
     with pytest.raises(InputError, match=r"'sigma' is 0.01 .*'init' is 'kaiming'.*'gaussian'"):
         adapt(apt(sigma=0.01), tiny_unet())
-    for settings in ({"init": "gaussian"}, {"over": "full"}, {"over": "oft"}):
+    forms = [{"over": over} for over in ("full", "attention", "oft")]
+    for settings in ({"init": "gaussian"}, *forms):
         adapt(apt(sigma=0.01, **settings), tiny_unet())
 
 
-@pytest.mark.parametrize("over", ["lora", "full", "oft"])
+@pytest.mark.parametrize("over", ["lora", "full", "attention", "oft"])
 def test_it_works_over_bayesian_weights_of_every_form(over):
     """APT and BNN in one: the frozen base is asked without noise, the tuned network with it."""
     settings = {"steps": 4, "over": over, "kl_weight": 1e-6, "init": "gaussian"}

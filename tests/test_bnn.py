@@ -56,8 +56,8 @@ from tests.tiny import (
     tiny_unet,
 )
 
-FORMS = ("lora", "full", "oft")
-RATES = {"lora": 1e-2, "full": 1e-4, "oft": 1e-2}  # where five steps show
+FORMS = ("lora", "full", "attention", "oft")
+RATES = {"lora": 1e-2, "full": 1e-4, "attention": 3e-4, "oft": 1e-2}  # where five steps show
 DIRECTIONS = ("posterior to prior", "prior to posterior")
 
 
@@ -233,10 +233,10 @@ def test_the_networks_divergence_is_the_sum_over_its_layers(over, direction):
             posterior.mean.add_(noise(*posterior.mean.shape, seed=index), alpha=0.02)
             posterior.noise.sigma.mul_(1.5 + 0.1 * (index % 3))
     for site, layer in tuned_layers(denoiser.unet).items():
-        named = {"lora": "lora_B", "oft": "oft_R", "full": "free"}[over]
+        named = {"lora": "lora_B", "oft": "oft_R"}.get(over, "free")
         part = getattr(layer, named)["default"]
         for name, steps in part.parametrizations.items() if is_random(part) else ():
-            start = 0.0 if over != "full" else base.get_parameter(f"{site}.{name}").double()
+            start = 0.0 if named != "free" else base.get_parameter(f"{site}.{name}").double()
             q = Normal(steps.original.double(), steps[0].sigma.double())
             p = Normal(torch.as_tensor(start).expand(q.loc.shape), torch.tensor(0.01).double())
             pair = (q, p) if direction == DIRECTIONS[0] else (p, q)
@@ -295,10 +295,11 @@ def test_sigma_zero_is_plain_lora_bit_for_bit():
     assert same(to_tensors(plain[-1].learned()), to_tensors(random[-1].learned()))
 
 
-def test_sigma_zero_is_plain_dreambooth_bit_for_bit():
+@pytest.mark.parametrize("over, free", [("full", "everything"), ("attention", "attention")])
+def test_sigma_zero_is_plain_dreambooth_bit_for_bit(over, free):
     settings = {"steps": 4, "learning_rate": 1e-4}
-    plain = run(make(DreamBooth, **settings), tiny_denoiser())
-    random = run(make(BNN, sigma=0.0, over="full", **settings), tiny_denoiser())
+    plain = run(make(DreamBooth, free=free, **settings), tiny_denoiser())
+    random = run(make(BNN, sigma=0.0, over=over, **settings), tiny_denoiser())
     assert [step.loss for step in plain] == [step.loss for step in random]
     assert same(to_tensors(plain[-1].learned()), to_tensors(random[-1].learned()))
 
@@ -308,6 +309,18 @@ def test_sigma_zero_registers_nothing(over):
     assert not is_random(denoiser.unet) and not list(posteriors(denoiser.unet))
     run(bnn(over, sigma=0.0, steps=1), tiny_denoiser())
     assert method.facts() == {}
+
+
+def test_over_attention_nothing_else_learns_and_its_linear_layers_are_random():
+    _, denoiser = adapted("attention")
+    layers = tuned_layers(denoiser.unet)
+    attention = {n for n, _ in tiny_unet().named_modules() if n.split(".")[-2:-1] == ["attn1"]}
+    assert {n.split(".")[-1] for n in layers} >= {"to_q", "to_k", "to_v", "norm1", "norm2"}
+    assert not [n for n in layers if "resnets" in n or ".ff." in n or "time" in n]
+    random = {name for name, layer in layers.items() if is_random(layer)}
+    assert random == {n for n in layers if ".attn1." in n} and attention & random
+    learning = [n for n, p in denoiser.unet.named_parameters() if p.requires_grad]
+    assert learning and all(".free." in n for n in learning)
 
 
 def test_a_network_is_searched_once_and_its_weights_are_not_held():
@@ -566,7 +579,8 @@ def test_noise_is_shared_by_a_batch():
 
 def test_what_is_kept_is_the_means(trained):
     method, denoiser, step = trained
-    kind = {"lora": LowRank, "full": Difference, "oft": Rotation}[method.settings.over]
+    free = dict.fromkeys(("full", "attention"), Difference)
+    kind = ({"lora": LowRank, "oft": Rotation} | free)[method.settings.over]
     edits = step.learned()
     assert edits and all(type(edit) is kind for edit in edits.values())
     plain = tiny_denoiser()
@@ -575,6 +589,12 @@ def test_what_is_kept_is_the_means(trained):
         assert distance(plain(*question()), denoiser(*question())) <= 1e-4
         assert distance(tiny_denoiser()(*question()), denoiser(*question())) > 1e-3
     assert not any("sigma" in name or "parametriz" in name for name in to_tensors(edits))
+    kept = {tensor.float().cpu().numpy().tobytes() for tensor in to_tensors(edits).values()}
+    for posterior in posteriors(denoiser.unet):
+        mean = posterior.mean.detach()
+        if kind is Difference:
+            mean = mean - posterior.prior_mean.float()
+        assert mean.numpy().tobytes() in kept
 
 
 def test_the_base_stays_as_it_was(trained):

@@ -15,6 +15,7 @@ from personalize.trainers.edits import (
     Difference,
     LowRank,
     RankReduction,
+    Rotation,
     combine,
     to_tensors,
 )
@@ -188,6 +189,18 @@ def test_trained_weights_are_added_after_the_reductions_too(base):
     assert (after - reduced - change).abs().max() < 1e-5
 
 
+def test_rotations_turn_what_is_left_before_anything_is_added(base):
+    """W' = reduced(W) R^T + D, whatever the order of the inputs."""
+    turn = Rotation(noise(4, 28, seed=4))  # 4 blocks of 8 x 8
+    subject, oft, style = para(1, query=3), personalization("bnn", {QUERY: turn}), lora(3)
+    reduced = weights(load.personalize(base, subject, 1.0)[0], QUERY)[0]
+    delta = style.edits(sites_of(base))[0][QUERY].delta()
+    expected = reduced @ torch.block_diag(*turn.blocks()).mT + delta
+    for order in itertools.permutations([subject, oft, style]):
+        after = combined_weights(base, order, "concat", QUERY)[0]
+        assert (after - expected).abs().max() < 1e-5
+
+
 def test_loras_alone_are_added_up(base):
     styles = [lora(3), lora(5)]
     before = weights(base, QUERY)[0]
@@ -257,13 +270,18 @@ def test_what_does_not_fit_is_named(base):
         Combine.execute(base, inputs, "concat", 1.0)
 
 
-@pytest.mark.parametrize("how", WAYS)
-def test_subjects_that_ask_for_a_whole_layer_are_refused(base, how):
+def test_subjects_that_ask_for_a_whole_layer_are_refused(base):
+    """Only where all that any of them gives up is gone: 12 and 24 directions are left otherwise."""
     inputs = {"personalized0": para(1, query=20, key=32), "personalized1": para(2, query=12)}
     with pytest.raises(InputError, match=rf"gives up 20 \+ 12 .* of {QUERY}, which has 32"):
-        combined(base, inputs, how, 1.0)
+        combined(base, inputs, "concat", 1.0)
+    left = {
+        how: rank(combined_weights(base, inputs.values(), how, QUERY)[0])
+        for how in ("sequential", "sum")
+    }
+    assert left == {"sequential": 12, "sum": 24}
     inputs["personalized1"] = para(2, query=11)
-    combined(base, inputs, how, 1.0)
+    combined(base, inputs, "concat", 1.0)
 
 
 def test_what_is_more_than_weights_is_refused_by_name(base):

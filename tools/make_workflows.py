@@ -182,7 +182,7 @@ RECIPES = {
         "A3FT",
         "A³FT trains the attention blocks and a small adapter that knows the noise level. "
         "`mode` compares it with training everything, or attention alone.",
-        {"steps": 800, "learning_rate": 1e-5},
+        {"steps": 800, "learning_rate": 2e-5},
     ),
     "selective_zo": Recipe(
         "SelectiveZO",

@@ -14,6 +14,9 @@ batches of 128 and 500 epochs of about 1000 pictures. Ours: text-to-image bases 
 self-attention, and cross-attention learns with it), the lower learning rate for a few pictures,
 SiLU between W1 and W2, LN over channels, the start of the gate, and the strength s at loading: s
 times every weight's change, and s a.
+
+Not with BNN, APT, PaRa or BP/ZO in one training, for the adapter is no change of a weight; BNN and
+APT train the same weights without it (over = attention).
 """
 
 from collections.abc import Mapping

@@ -9,6 +9,9 @@ its pictures are zoomed out (1 to 3 times) and turned (up to 15 degrees) with pr
 Representation Stabilization: mean and standard deviation of self-attention's outputs stay those of
 the base. Attention Alignment: so do the cross-attention maps.
 
+Goes with BNN (`sigma`), and not with PaRa and A3FT's adapter, which are not the base even before
+the first step, nor with BP/ZO, whose memory its frozen forward passes would take back.
+
 Ours, for want of published values: T = 1000, a probability of at most p_max, features from the
 decoder half, maps compared head by head on all tokens that are no padding where there are at most
 32 x 32 queries, pictures of the class left out of the bins and of the weights 1 - gamma, both
@@ -48,9 +51,11 @@ PADDINGS = {"black": "zeros", "reflect": "reflection", "edge": "border"}  # ours
 class APTSettings(BNNSettings):
     """Settings of APT, over anything that BNN works over; with `sigma` above 0, both at once."""
 
+    rank: int = redeclared(LoRASettings, "rank")
     learning_rate: float = knob(
         1e-4,
-        "How far each step moves. Right for over = lora and oft; full weights need 5e-6.",
+        "How far each step moves. Right for over = lora and oft; full weights need 5e-6, those of "
+        "attention 1e-5.",
         min=0.0,
         max=1.0,
         step=1e-7,

@@ -6,13 +6,16 @@
 Few-shot fine-tuning narrows what a network has learned: likeness rises, then pictures fill with
 noisy patterns, then it copies. Weights that are random while training keep what is learned wide.
 Afterwards mu is used: the file is a plain one, and pictures cost no more. Over a LoRA the up matrix
-is random (mu = 0 at first), over full weights a choice of layers, over OFT the rotation. sigma
-learns as mu does. The paper has lambda = 0 by default, and takes KL(q || p) in its Eq. 3 but
-KL(p || q) in its Algorithm 1.
+is random (mu = 0 at first), over full weights, or those of attention alone, a choice of layers,
+over OFT the rotation. sigma learns as mu does. The paper has lambda = 0 by default, and takes
+KL(q || p) in its Eq. 3 but KL(p || q) in its Algorithm 1.
 
-Ours: sigma relative to a layer's weights, the choice between sum and mean of the KL, OFT's block
-size, no weight decay, and noise that follows from the batch's seed alone, so that gradient
-checkpointing meets the same weights twice.
+Goes with APT (Train APT has these settings too), and not with PaRa, A3FT's adapter or BP/ZO, which
+have no mean to keep or draw at random themselves.
+
+Ours: attention's weights alone, sigma relative to a layer's weights, the choice between sum and
+mean of the KL, OFT's block size, no weight decay, and noise that follows from the batch's seed
+alone, so that gradient checkpointing meets the same weights twice.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,11 +39,12 @@ from ..free import Free, differences, set_free
 from ..method import Objective, generator
 from ..normal import normal_kl
 from ..oft import rotations, set_rotations
-from ..settings import knob
-from ..sites import ROLES, layers_of, sites
-from .dreambooth import FREE_LAYERS
+from ..settings import knob, redeclared
+from ..sites import layers_of, sites
+from .dreambooth import FREE_LAYERS, free_layers
 from .lora import INITS, LoRA, LoRASettings
 
+FREE = {"full": "everything", "attention": "attention"}  # over -> which weights themselves learn
 STREAM = 7  # of the noise on weights
 LEAST_SIGMA = 1e-7
 DRAWN_ON_CPU = 2**18  # numbers; more are drawn where the weight is
@@ -61,10 +65,11 @@ HOSTS: dict[type[BaseTunerLayer], str] = {LoraLayer: "lora_B", OFTLayer: "oft_R"
 class BNNSettings(LoRASettings):
     """Settings of Bayesian fine-tuning."""
 
+    rank: int = redeclared(LoRASettings, "rank", default=4)
     learning_rate: float = knob(
         1e-4,
         "How far each step moves means and sigmas. Right for over = lora and oft; full weights "
-        "need 5e-6.",
+        "need 5e-6, those of attention 1e-5.",
         min=0.0,
         max=1.0,
         step=1e-7,
@@ -79,9 +84,9 @@ class BNNSettings(LoRASettings):
     )
     over: str = knob(
         "lora",
-        "What learns. lora: a low-rank change; full: every weight; oft: a rotation of every "
-        "linear layer's inputs.",
-        choices=("lora", "full", "oft"),
+        "What learns. lora: a low-rank change; full: every weight; attention: every weight of "
+        "attention; oft: a rotation of every linear layer's inputs.",
+        choices=("lora", *FREE, "oft"),
     )
     sigma: float = knob(
         0.01,
@@ -121,9 +126,9 @@ class BNNSettings(LoRASettings):
     )
     random: str = knob(
         "linear",
-        "Which layers are random over full weights. linear: of self-attention and feed-forward; "
-        "linear-up: those of the decoder half; linear+cross: and of cross-attention; norm: only "
-        "the norms, nearly as good and at no cost.",
+        "Which layers are random where weights themselves learn. linear: of self-attention and "
+        "feed-forward; linear-up: those of the decoder half; linear+cross: and of cross-attention; "
+        "norm: only the norms, nearly as good and at no cost.",
         choices=tuple(RANDOM),
         advanced=True,
     )
@@ -160,9 +165,9 @@ class BNN(LoRA):
             raise InputError(
                 "kl_weight", f"is {s.kl_weight:g}, but 'sigma' is 0: no weight is random; set both."
             )
-        named = random_layers(unet, s.random) if s.over == "full" else None
-        if s.over == "full":
-            set_free(unet, layers_of(unet, ROLES))
+        named = random_layers(unet, s.random) if s.over in FREE else None
+        if s.over in FREE:
+            set_free(unet, free_layers(unet, FREE[s.over], "over"))
         elif s.over == "oft":
             set_rotations(unet, sites(unet, s.layers), s.block_size)
         else:
@@ -178,7 +183,7 @@ class BNN(LoRA):
 
     def learned(self, unet: nn.Module) -> dict[str, Edit]:
         with drawn(unet, None):
-            if self.settings.over == "full":
+            if self.settings.over in FREE:
                 return differences(unet)
             if self.settings.over == "oft":
                 return rotations(unet)
@@ -271,7 +276,7 @@ class Gaussian(nn.Module):
 
 
 def random_layers(unet: nn.Module, preset: str) -> set[str]:
-    """Name the layers of a plain U-Net that are random over full weights.
+    """Name the layers of a plain U-Net that are random where their weights themselves learn.
 
     Raises InputError when there are none.
     """

@@ -31,6 +31,14 @@ FREE_LAYERS = {
 }
 
 
+def free_layers(unet: nn.Module, choice: str, setting: str) -> list[str]:
+    """List the layers of a choice. Raises InputError, naming the setting, when there are none."""
+    found = layers_of(unet, FREE_LAYERS[choice])
+    if not found:
+        raise InputError(setting, f"is '{choice}', but this base has none.")
+    return found
+
+
 @dataclass(frozen=True)
 class DreamBoothSettings(Settings):
     """Settings of full fine-tuning."""
@@ -65,10 +73,7 @@ class DreamBooth(Method):
     settings: DreamBoothSettings
 
     def adapt(self, unet: nn.Module) -> None:
-        free = layers_of(unet, FREE_LAYERS[self.settings.free])
-        if not free:
-            raise InputError("free", f"is '{self.settings.free}', but this base has none.")
-        set_free(unet, free)
+        set_free(unet, free_layers(unet, self.settings.free, "free"))
 
     def learned(self, unet: nn.Module) -> dict[str, Edit]:
         return differences(unet)

@@ -7,6 +7,9 @@ square layers, and no direction can be added. Linear layers are peft's `DeftConf
 decomposition_method="qr")`. Ours: convolutions (as matrices out x in*kh*kw), the near-identity
 start `bottom`, and the strength s at loading. The layers "all but cross-attention" are the
 paper's best trade-off. Its learning rate is unpublished.
+
+A LoRA goes on top (Combine Personalizations). Not with APT, BNN, A3FT or BP/ZO in one training:
+what is learned means only the directions that it spans, of weights that have to stay.
 """
 
 from dataclasses import dataclass

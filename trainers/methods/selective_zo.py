@@ -16,6 +16,9 @@ zeroth-order step is MeZO's SPSA (Malladi et al. 2023, arXiv 2305.17333) over a 
 on the same noise, timesteps and captions, with z from a seed, held for one step: a LoRA's is small.
 It moves by its own plain SGD: no momentum, decay or clipping, the rate following the schedule; the
 optimiser of BP-low does not notice it.
+
+Over a LoRA only, and not with APT, BNN, PaRa or A3FT in one training: a direction tried at random
+among many more numbers helps next to never, and a second forward pass takes back what is saved.
 """
 
 from collections.abc import Callable, Iterator, Sequence
