@@ -247,8 +247,9 @@ def report(bench: Bench, cells: Cells, sweeps: Mapping[str, Any]) -> dict[str, A
 
 
 def contact_sheet(bench: Bench, cells: Cells) -> Image.Image:
-    """Draw training pictures, the base's, and the modes' at their best, of the first seed."""
-    first = [cells[mode][step][0] for mode, step in best_steps(cells).items()]
+    """Draw training pictures, the base's, and the modes' at best and at last, of the first seed."""
+    best = best_steps(cells)
+    first = [of[step][0] for mode, of in cells.items() for step in sorted({best[mode], max(of)})]
     seed = first[0]["seed"]
     training, before = bench.split(seed).training, bench.draw(bench.base, seed)
     blocks = {"training pictures": sheet(training), "base, not tuned": sheet(before)}

@@ -112,7 +112,8 @@ def sheet(pictures: Tensor, columns: int = COLUMNS) -> Image.Image:
 def stacked(blocks: Mapping[str, Image.Image], rows: int = 4) -> Image.Image:
     """Put the first rows of sheets of one width below each other, each under its title."""
     width = next(iter(blocks.values())).width
-    height, gap = rows * width // COLUMNS, 24  # pictures are square
+    tallest = max(block.height for block in blocks.values())
+    height, gap = min(tallest, rows * width // COLUMNS), 24  # pictures are square
     page = Image.new("L", (width, len(blocks) * (height + gap)), 255)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
     for number, (title, block) in enumerate(blocks.items()):

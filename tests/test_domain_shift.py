@@ -232,7 +232,7 @@ def test_the_command_measures_all_modes_and_tells_how_it_was_called(monkeypatch,
     assert all(text.count(f"\n| {mode} | ") == 3 for mode in domain_shift.MODES)
     assert text.count("\n| a3ft - attention | ") == 3 and "| real digits |" in text
     assert str(tmp_path) not in json.dumps(found["cells"])
-    blocks = np.asarray(Image.open(tmp_path / "t.png")).reshape(5, 24 + 4 * 48, 960)
+    blocks = np.asarray(Image.open(tmp_path / "t.png")).reshape(5, 24 + 48, 960)
     assert all(title.min() < 128 for title in blocks[:, :24])
 
 
