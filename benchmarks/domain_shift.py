@@ -8,13 +8,14 @@ scikit-learn's 1,797 scans in the three modes naive, attention and a3ft, with eq
 training is judged at several steps: a mode is as good as its best step, the one with the lowest
 mean KID to held-out pictures; a table of all steps stands beside it.
 
-The learning rate of each mode, where `--learning-rate` gives none for all of them as the paper
-does, is the best on pictures that are in no other set: a walk along one
+The learning rate of each mode is the best on pictures that are in no other set: a walk along one
 ladder of rates, until those on both sides are worse, by the lowest KID to held-out pictures at any
-step but the last, which is left out to save time. FID and KID are of a small digit classifier's
-penultimate features, trained on 700 other scans; they are measured against the training pictures,
-as in the paper, and against held-out ones, which memorising does not help. All sets are of one
-size, as small ones make FID too large.
+step but the last, which is left out to save time. `--learning-rate` gives one to all of them, as
+the paper does. FID and KID are of a small digit classifier's penultimate features, trained on 700
+other scans; they are measured against the training pictures, as in the paper, and against held-out
+ones. Copies of real scans are like held-out scans, too: what memorising does shows in the distance
+to the nearest training picture and in the loss. All sets are of one size, as small ones make FID
+too large.
 
 Everything is kept in benchmarks/work/, with the state of every training: the same command goes on
 where it stopped, and more steps go on from fewer. `--modes` shares the work out to processes.

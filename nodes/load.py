@@ -257,7 +257,9 @@ class Load(io.ComfyNode):
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For any sampler."),
                 io.String.Output(display_name="report", tooltip="What was loaded and matched."),
-                PersonalizedWire.Output(display_name="personalized", tooltip="For Apply."),
+                PersonalizedWire.Output(
+                    display_name="personalized", tooltip="For Apply, Combine and Export."
+                ),
             ],
         )
 

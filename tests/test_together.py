@@ -42,7 +42,8 @@ def test_a_tiny_run_trains_combines_and_judges(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(together, "BACKGROUNDS", together.BACKGROUNDS[:1])
     monkeypatch.setattr(together, "SAMPLES", 1)
     json_file, sheet_file = tmp_path / "together.json", tmp_path / "together.png"
-    arguments = ["--pairs", "101:102", "--seeds", "0", "--steps", "1"]
+    arguments = ["--pairs", "101:102", "--seeds", "0", "--steps", "1", "--rank", "1"]
+    arguments += ["--called", "zib totem,wug heart", "--prior", "1", "--layers", "all"]
     together.main([*arguments, "--json", str(json_file), "--sheet", str(sheet_file)])
     result = json.loads(json_file.read_text(), parse_constant=pytest.fail)
     (cell,) = result["cells"]
