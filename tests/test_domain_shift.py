@@ -237,7 +237,7 @@ def test_the_command_measures_all_modes_and_tells_how_it_was_called(monkeypatch,
 
 
 @pytest.mark.parametrize("given", [["--learning-rate", "3e-4"], []])
-def test_one_rate_for_all_modes_is_not_searched(given, bench, monkeypatch, tmp_path):
+def test_one_rate_for_all_modes_is_not_searched(given, monkeypatch, tmp_path):
     """Without it each mode has its best."""
     rates = {"attention": 3e-4, "naive": 3e-4} if given else {"attention": 2e-3, "naive": 2e-5}
 
