@@ -79,7 +79,16 @@ ABLATIONS = {
     "zo-high": Configuration("selective_zo", ZO | {"branches": "zo-high"}, against="selective_zo"),
     "bp-high": Configuration("selective_zo", ZO | {"branches": "bp-high"}, against="selective_zo"),
 }
-CONFIGURATIONS = MAIN | ABLATIONS
+# BP-low alone in the first sixteenth of the steps, then ZO-high alone: for thousands of steps
+PHASES = ZO | {"kappa": 1000.0, "threshold_start": 20.0, "threshold_end": -297.0}
+IF_NAMED = {
+    "bp-low-then-still": Configuration("selective_zo", PHASES | {"zo_learning_rate": 0.0}),
+    # tried on the first, at 8,000 steps: this (.69); at 3e-2 the loss rises
+    "bp-low-then-zo-high": Configuration(
+        "selective_zo", PHASES | {"zo_learning_rate": 1e-2}, against="bp-low-then-still"
+    ),
+}
+CONFIGURATIONS = MAIN | ABLATIONS | IF_NAMED
 
 
 def configuration(name: str) -> Configuration:

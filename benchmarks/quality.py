@@ -138,6 +138,9 @@ def parser() -> argparse.ArgumentParser:
         f"lora-slow and lora-fast too. Of: {', '.join(CONFIGURATIONS)}; with other settings: "
         "bnn@sigma=0.1+learning_rate=1e-4, which goes beside lora@learning_rate=1e-4",
     )
+    parser.add_argument(
+        "--no-lora", action="store_true", help="with --methods: these alone, without LoRA"
+    )
     parser.add_argument("--ablations", action="store_true", help="the variants of methods as well")
     parser.add_argument("--steps", type=int, default=Plan.steps, help="training steps")
     parser.add_argument("--batch-size", type=int, default=Plan.batch_size)
@@ -191,13 +194,13 @@ def default_servers() -> int:
 
 
 def chosen(options: argparse.Namespace) -> list[str]:
-    """Return the names of the rows to compute; the baseline too, unless with other settings."""
+    """Return the names of the rows to compute; the baseline too, if asked for no other."""
     default = [*MAIN, *(ABLATIONS if options.ablations else ())]
     names = options.methods.split(",") if options.methods else default
     unknown = [name for name in names if name.partition("@")[0] not in CONFIGURATIONS]
     if unknown:
         raise SystemExit(f"--methods: no {', '.join(unknown)}; of: {', '.join(CONFIGURATIONS)}")
-    if not any(name.startswith(f"{BASELINE}@") for name in names):
+    if not options.no_lora and not any(name.startswith(f"{BASELINE}@") for name in names):
         names = [BASELINE, *names]
     return [name for name in dict.fromkeys(names) if name != BASE]
 

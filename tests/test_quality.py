@@ -371,6 +371,12 @@ def test_the_baseline_is_there_once_with_or_without_other_settings(asked, rows):
     assert quality.chosen(quality.parsed(["--methods", asked])) == rows
 
 
+def test_rows_can_go_without_the_baseline():
+    asked = quality.parsed(["--methods", "bp-low-then-still,bp-low-then-zo-high", "--no-lora"])
+    assert quality.chosen(asked) == ["bp-low-then-still", "bp-low-then-zo-high"]
+    assert reports.rivals("bp-low-then-zo-high") == ["bp-low-then-still"]
+
+
 def test_the_json_holds_what_it_promises(tmp_path, capsys):
     arguments = fake_table(tmp_path)
     files = {name: tmp_path / f"table.{name}" for name in ("json", "md", "png")}
