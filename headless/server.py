@@ -58,7 +58,7 @@ class ComfyServer:
         cpu: bool | None = None,
         env: dict[str, str] | None = None,
         flags: Iterable[str] = (),
-        timeout: float = 180.0,  # seconds to become ready
+        timeout: float = 600.0,  # seconds to become ready
     ):
         self._temporary = None if base else tempfile.TemporaryDirectory(prefix="personalize-")
         self.base = Path(base or self._temporary.name).resolve()  # type: ignore[union-attr]
@@ -119,7 +119,7 @@ class ComfyServer:
         """Say how ComfyUI ended by itself, with the end of its log; empty while it runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             if self._process is not None:  # it closes its port some moments before it ends
-                code = self._process.wait(2.0)
+                code = self._process.wait(10.0)
                 return f"ComfyUI ended (exit code {code}) during the work:\n{tail(self.log)}"
         return ""
 

@@ -9,7 +9,7 @@ import pytest
 
 from headless import Comfy, ComfyServer
 from tests.browser import ComfyPage, open_page
-from tests.waiting import PAGE_PATIENCE
+from tests.waiting import PAGE_PATIENCE, PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
@@ -135,7 +135,7 @@ def test_the_demo_runs_from_the_page_and_shows_pictures(fresh, comfy: Comfy):
     known = set(comfy.get("/history"))
     fresh.queue()
     fresh.wait(
-        "app.graph._nodes.filter(n => n.type === 'SaveImage').every(n => n.imgs?.length)", 120
+        "app.graph._nodes.filter(n => n.type === 'SaveImage').every(n => n.imgs?.length)", PATIENCE
     )
     (prompt_id,) = set(comfy.get("/history")) - known
     result = comfy.result(prompt_id)

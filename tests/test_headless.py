@@ -163,7 +163,7 @@ def test_an_interrupted_prompt_says_so(comfy):
     assert failure.value.interrupted
 
 
-def wait_until_started(comfy, prompt_id, seconds=60):
+def wait_until_started(comfy, prompt_id, seconds=PATIENCE):
     for _ in range(seconds * 20):
         if any(event["prompt_id"] == prompt_id for event in comfy.events("execution_start")):
             return

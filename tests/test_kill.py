@@ -22,7 +22,7 @@ from personalize.trainers.artifact import Personalization
 from personalize.trainers.methods import METHODS
 from personalize.trainers.run import Run
 from tests.sessions import CLOCK
-from tests.waiting import PATIENCE
+from tests.waiting import PAGE_PATIENCE, PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 STEPS = 24
@@ -171,7 +171,7 @@ def test_two_servers_on_one_folder_take_two_runs_and_corrupt_none(pair):
     """Both are asked for the same at the same time."""
     root, servers = pair
     with ThreadPoolExecutor(2) as both:
-        said = list(both.map(lambda comfy: run(comfy, graph("same", "LoRA", steps=12)), servers))
+        said = list(both.map(lambda comfy: run(comfy, graph("same", "LoRA", steps=100)), servers))
     folders = sorted(root.glob("same*"))
     assert [folder.name for folder in folders] == ["same", "same 2"]
     assert outcome(folders[0]) == outcome(folders[1])
@@ -188,17 +188,22 @@ def test_what_one_process_finished_another_hands_on(pair):
     assert len(list(root.glob("handed on*"))) == 1
 
 
+def wait_for_file(path: Path) -> None:
+    deadline = time.monotonic() + PAGE_PATIENCE
+    while not path.is_file():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
+
+
 def test_a_run_that_goes_on_is_not_taken_by_a_second_server(pair):
     """The first is in the middle of it; the second may neither resume nor write it."""
     root, (one, two) = pair
     first, second = root / "shared", root / "shared 2"
     long = graph("shared", "LoRA", steps=400)
     prompt_id = one.queue(fill_defaults(long, one.object_info()))
-    while not (first / "state.safetensors").is_file():
-        time.sleep(0.05)
+    wait_for_file(first / "state.safetensors")
     queued = two.queue(fill_defaults(long, two.object_info()))
-    while not (second / "history.jsonl").is_file():
-        time.sleep(0.05)
+    wait_for_file(second / "history.jsonl")
     for comfy, prompt in ((two, queued), (one, prompt_id)):
         comfy.interrupt(prompt)
         with pytest.raises(PromptFailed, match=r"(?i)interrupt"):

@@ -266,11 +266,11 @@ def test_stop_and_keep_ends_the_training_and_the_graph_goes_on(server, comfy, ru
         if "Train" in progress.title and progress.value >= 3 and wishes:
             comfy.post(f"/personalize/runs/by hand/{wishes.pop()}", {})
 
-    graph = watched("by hand", steps=300, monitor={"every": 150})
+    graph = watched("by hand", steps=10_000, monitor={"every": 5_000})
     summary = run(graph, on_progress=ask).texts(str(len(graph)))[0]
     folder = folder_of(server, "by hand")
     end = history(folder)[-1]
-    assert end["reason"] == "stopped by hand" and 3 < end["step"] < 150
+    assert end["reason"] == "stopped by hand" and 3 < end["step"] < 5_000
     assert evaluations(folder)[-1]["step"] == end["step"] == end["best_step"]
     (pinned,) = json.loads((folder / "pinned.json").read_text())
     assert 3 < pinned <= end["step"]

@@ -94,11 +94,11 @@ def test_a_long_history_comes_in_parts(server, runs):
 
 
 def test_what_is_no_number_is_null_and_damaged_lines_are_left_out(server, runs):
-    path = runs / "damaged" / "history.jsonl"
+    path = runs / "garbled" / "history.jsonl"
     path.parent.mkdir()
     path.write_text('{"step": 1, "loss": NaN}\n\x00\x00garbage\n[1]\n{"step": 2}\n')
     (path.parent / "run.json").write_text("[]")
-    assert history(server, "damaged")["lines"] == [{"step": 1, "loss": None}, {"step": 2}]
+    assert history(server, "garbled")["lines"] == [{"step": 1, "loss": None}, {"step": 2}]
 
 
 def test_a_sample_is_sent_as_a_picture_and_never_stale(server, runs):
@@ -248,7 +248,8 @@ def test_the_newest_run_of_a_node_is_remembered(control):
     assert known == {"12": "two", "7:12": "three"}
 
 
-def test_the_page_is_told_every_evaluation_but_not_every_step(control):
+def test_the_page_is_told_every_evaluation_but_not_every_step(control, monkeypatch):
+    monkeypatch.setattr(control, "PAUSE", 3600)
     with control.running("a run", "12") as training:
         for step in range(5):
             training.tell({"step": step, "loss": float("nan")})

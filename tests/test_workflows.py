@@ -85,7 +85,7 @@ def test_training_on_ones_own_pictures_runs(comfy: Comfy, server: ComfyServer, m
         },
     )
     (picture,) = saved(comfy, result)[method.__name__.lower()]
-    assert picture.size == (64, 64) and len(set(picture.getdata())) > 10
+    assert picture.size == (64, 64) and len(picture.getcolors(64 * 64)) > 10
     kept = server.output_dir / "personalized" / method.name
     assert {"last.safetensors", "best.safetensors"} <= {path.name for path in kept.iterdir()}
     assert list((kept / "samples").glob("*.png"))
